@@ -1,0 +1,177 @@
+"""Train a Querit reranker on groups of scored candidates: general training and adaptation alike.
+
+    python -m recipes.train --config recipes/querit-nano/1_general.yaml
+
+Every key of the YAML is a field of `ScriptArguments` below or of TRL's `RewardConfig`. A run that was stopped goes on
+from its last checkpoint. Several GPUs: `accelerate launch -m recipes.train --config ...`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import RewardConfig, RewardTrainer, TrlParser
+
+from modeling_querit.modeling_querit import QueritForSequenceClassification
+from modeling_querit.prompting_querit import PromptEncoder
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(metadata={"help": "A Querit reranker, or a plain backbone to put a head on."})
+    train_data: str = field(metadata={"help": "Parquet file of recipes.score: query, documents, labels."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit of a model from the Hub."})
+    pooling: str | None = field(default=None, metadata={"help": "Read-out of a new head: last, cls or mean."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager is the fastest on CPUs, sdpa elsewhere."})
+    loss: str = field(default="margin", metadata={"help": "margin (Querit's) or kl (ListNet with soft labels)."})
+    margin_scale: float = field(default=0.8, metadata={"help": "margin: wanted score gap per gap of the labels."})
+    label_temperature: float = field(default=0.15, metadata={"help": "kl: softmax temperature of the labels."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Parameters with these in their name stay put."})
+    max_groups: int | None = field(default=None, metadata={"help": "Use only the first queries of the data."})
+
+
+def margin_loss(scores: torch.Tensor, labels: torch.Tensor, real: torch.Tensor, scale: float) -> torch.Tensor:
+    """Pairwise margin loss of Querit-Reranker (arXiv:2606.19037, publishers' code).
+
+    relu(scale * (y_i - y_j) - (s_i - s_j)), mean over all pairs (i, j) of one query with y_i > y_j.
+
+    Args: scores in [-1, 1], labels in [0, 1] and real (False where a group is padded), each `(queries, documents)`.
+    A batch without any such pair gives 0, with a gradient of 0.
+    """
+    label_gap = labels[:, :, None] - labels[:, None, :]
+    score_gap = scores[:, :, None] - scores[:, None, :]
+    pairs = (label_gap > 0) & real[:, :, None] & real[:, None, :]
+    losses = F.relu(scale * label_gap - score_gap) * pairs
+    return losses.sum() / pairs.sum().clamp(min=1)
+
+
+def kl_loss(logits: torch.Tensor, labels: torch.Tensor, real: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(softmax(labels / temperature) || softmax(logits)) per query, mean over queries (ListNet, Cao et al. 2007)."""
+    lowest = torch.finfo(logits.dtype).min
+    target = torch.softmax((labels / temperature).masked_fill(~real, lowest), dim=1)
+    predicted = torch.log_softmax(logits.masked_fill(~real, lowest), dim=1)
+    return F.kl_div(predicted, target, reduction="batchmean")
+
+
+class GroupCollator:
+    """Groups of candidates -> one padded batch of pairs, and the matrices that tell which pair is whose.
+
+    `labels` and `real` are `(queries, most documents of a query)`; pairs stand query by query.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, groups: list[dict]) -> dict[str, torch.Tensor]:
+        rows = [torch.tensor(ids) for group in groups for ids in group["input_ids"]]
+        width, most = max(map(len, rows)), max(len(group["input_ids"]) for group in groups)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = row
+            attention_mask[index, : len(row)] = 1
+        labels = torch.zeros(len(groups), most)
+        real = torch.zeros(len(groups), most, dtype=torch.bool)
+        for index, group in enumerate(groups):
+            labels[index, : len(group["labels"])] = torch.tensor(group["labels"])
+            real[index, : len(group["labels"])] = True
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "real": real}
+
+
+class GroupTrainer(RewardTrainer):
+    """TRL's reward trainer on whole groups: n forward passes give all n (n - 1) / 2 pairs of a query."""
+
+    def __init__(self, *args, script_args: ScriptArguments, **kwargs):
+        self.script_args = script_args
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
+    ) -> Dataset:
+        encoder = PromptEncoder(processing_class, args.max_length)
+
+        def tokenize(group: dict) -> dict:
+            ids = [pair.input_ids for pair in encoder.encode(group["query"], group["documents"])]
+            return {"input_ids": ids, "length": max(map(len, ids))}
+
+        with args.main_process_first():
+            return dataset.map(tokenize, remove_columns=[c for c in dataset.column_names if c != "labels"])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "length"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        labels, real = inputs.pop("labels"), inputs.pop("real")
+        outputs = model(**inputs)
+
+        def grouped(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(labels).masked_scatter(real, values.squeeze(-1))
+
+        logits, scores = grouped(outputs.logits), grouped(outputs.score)
+        if self.script_args.loss == "margin":
+            loss = margin_loss(scores, labels, real, self.script_args.margin_scale)
+        else:
+            loss = kl_loss(logits, labels, real, self.script_args.label_temperature)
+
+        with torch.no_grad():
+            pairs = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]
+            right = (scores[:, :, None] > scores[:, None, :]) & pairs
+            spread = scores[real].std() if real.sum() > 1 else scores.new_zeros(())
+        tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+        if mode == "train":
+            self._total_train_tokens += tokens
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode]["pair_accuracy"].append((right.sum() / pairs.sum().clamp(min=1)).item())
+        self._metrics[mode]["score_spread"].append(spread.item())
+        return (loss, outputs) if return_outputs else loss
+
+
+def load_model(script: ScriptArguments, dtype: torch.dtype) -> QueritForSequenceClassification:
+    options = {
+        "revision": script.model_revision or "main",
+        "attn_implementation": script.attn_implementation,
+        "dtype": dtype,
+    }
+    try:
+        return QueritForSequenceClassification.from_pretrained(script.model_name_or_path, **options)
+    except ValueError as error:
+        if "is no Querit reranker" not in str(error):
+            raise
+    return QueritForSequenceClassification.from_backbone(script.model_name_or_path, pooling=script.pooling, **options)
+
+
+def main(script: ScriptArguments, args: RewardConfig) -> None:
+    if script.loss not in ("margin", "kl"):
+        raise ValueError(f"loss is {script.loss!r}; it must be margin or kl.")
+    if math.isclose(args.learning_rate, 0):
+        raise ValueError("learning_rate is 0: nothing would be learnt.")
+    torch.manual_seed(args.seed)  # the new head
+    model = load_model(script, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, revision=script.model_revision or "main")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in script.freeze))
+    data = load_dataset("parquet", data_files=script.train_data, split="train")
+    if script.max_groups:
+        data = data.select(range(min(script.max_groups, len(data))))
+    trainer = GroupTrainer(
+        model=model,
+        args=args,
+        script_args=script,
+        train_dataset=data,
+        processing_class=tokenizer,
+        data_collator=GroupCollator(tokenizer.pad_token_id or 0),
+    )
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, RewardConfig)).parse_args_and_config())
