@@ -1,7 +1,7 @@
 """The Querit reranker: a transformers backbone and a two-way relevance head.
 
-The config keeps the backbone's own `model_type`, and the weights its own key prefix (`model.` for Qwen3 and DeepSeek-V3,
-`bert.` for BERT), so every engine that knows the backbone reads the same file; `head.*` is what is added.
+The config keeps the backbone's own `model_type`, and the weights its own key prefix (`model.` for Qwen3 and
+DeepSeek-V3, `bert.` for BERT), so every engine that knows the backbone reads the same file; `head.*` is what is added.
 """
 
 import inspect
@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 POOLINGS = ("last", "cls", "mean")
-# What is published beside the weights. The import in `save_pretrained` makes transformers fetch all of them together.
+# What is published beside the weights. The import in `remote_code_config` makes transformers fetch them all together.
 REMOTE_CODE = ("modeling_querit.py", "prompting_querit.py", "scoring_querit.py", "pipeline_querit.py")
 
 
@@ -28,7 +29,7 @@ class QueritOutput(SequenceClassifierOutputWithPast):
     score (`torch.FloatTensor` of shape `(batch_size, 1)`): p1 - p0 = tanh(logits / 2) in float32, in [-1, 1].
     """
 
-    score: torch.FloatTensor | None = None
+    score: torch.Tensor | None = None
 
 
 class RelevanceHead(nn.Linear):
@@ -79,12 +80,12 @@ class QueritForSequenceClassification(PreTrainedModel):
     @property
     def model(self) -> PreTrainedModel:
         """The backbone, whatever its key prefix."""
-        return self._modules[self.base_model_prefix]
+        return self._modules[self.base_model_prefix]  # type: ignore[return-value]
 
     @staticmethod
     def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         try:
-            return AutoModel._model_mapping[type(config)]
+            return AutoModel._model_mapping[type(config)]  # type: ignore[return-value]
         except KeyError:
             raise ValueError(f"transformers has no backbone of model_type {config.model_type!r}.") from None
 
@@ -93,7 +94,7 @@ class QueritForSequenceClassification(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
-    def _can_set_experts_implementation(self) -> bool:
+    def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
         return self._backbone_class(self.config)._can_set_experts_implementation()
 
     @classmethod
@@ -104,14 +105,15 @@ class QueritForSequenceClassification(PreTrainedModel):
             hub = {name: kwargs[name] for name in names if name in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
+        # Without it, transformers raises by itself for a wrong shape, and names no key.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        missing = keys_not_loaded(info)
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no Querit reranker: {shown} missing or of another shape. "
+                f"{pretrained_model_name_or_path} is no Querit reranker: {missing} missing or of another shape. "
                 "To start training from a plain backbone use `QueritForSequenceClassification.from_backbone`; for a "
                 "checkpoint as published use `querit convert`."
             )
@@ -120,38 +122,32 @@ class QueritForSequenceClassification(PreTrainedModel):
     @classmethod
     def from_backbone(cls, pretrained_model_name_or_path, pooling: str | None = None, **kwargs):
         """A model to train: the backbone's weights and a new head (normal, std 0.02). kwargs go to AutoModel."""
-        backbone = AutoModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = backbone.config
-        config.classifier_pooling = pooling
-        model = cls(config).to(backbone.dtype)
-        state = {name: tensor for name, tensor in backbone.state_dict().items() if name in model.model.state_dict()}
-        model.model.load_state_dict(state)  # strict: every weight of the backbone must be there
+        backbone, info = AutoModel.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
+        if missing := keys_not_loaded(info):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no whole {type(backbone).__name__}: {missing} missing."
+            )
+        backbone.config.classifier_pooling = pooling
+        model = cls(backbone.config)
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None
+        # The loaded module itself: casting another one would round the buffers that stay in float32, like RoPE's.
+        setattr(model, model.base_model_prefix, backbone)
+        model.head.to(backbone.device, backbone.dtype)
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):  # type: ignore[override]
         """Write a folder that `pipeline("text-ranking")` and the AutoModel classes load, its code included."""
-        from .pipeline_querit import TextRankingPipeline  # the pipeline's file must lie beside this one
-
-        name = f"{Path(__file__).stem}.{QueritForSequenceClassification.__name__}"
-        self.config.auto_map = {"AutoModel": name, "AutoModelForSequenceClassification": name}
-        self.config.custom_pipelines = {
-            "text-ranking": {
-                "impl": f"pipeline_querit.{TextRankingPipeline.__name__}",
-                "pt": ["AutoModelForSequenceClassification"],
-                "type": "text",
-            }
-        }
+        self.config.update(remote_code_config())
         super().save_pretrained(save_directory, **kwargs)
-        for file in REMOTE_CODE:
-            source, target = Path(__file__).with_name(file), Path(save_directory) / file
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
+        copy_remote_code(save_directory)
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
@@ -168,7 +164,7 @@ class QueritForSequenceClassification(PreTrainedModel):
         """
         if attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = padding_mask(attention_mask, causal=self.is_causal)
-        tokens = input_ids if input_ids is not None else inputs_embeds
+        tokens: Any = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and position_ids is None and self._takes_position_ids:
             # A padded row has the positions of the same row alone.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -192,6 +188,8 @@ class QueritForSequenceClassification(PreTrainedModel):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
+        # For sentence-transformers, where it trusts this code. No field of the output: Trainer would gather it.
+        result.last_hidden_state = outputs.last_hidden_state  # type: ignore[attr-defined]
         return result if return_dict is not False else result.to_tuple()
 
     def pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -209,6 +207,36 @@ class QueritForSequenceClassification(PreTrainedModel):
             return hidden_states[rows, mask.long().argmax(-1)]
         last = mask.shape[1] - 1 - mask.long().flip(-1).argmax(-1)
         return hidden_states[rows, last]
+
+
+def remote_code_config() -> dict:
+    """The keys of a release's config.json that name its code."""
+    from .pipeline_querit import TextRankingPipeline  # the pipeline's file must lie beside this one
+
+    name = f"{Path(__file__).stem}.{QueritForSequenceClassification.__name__}"
+    return {
+        "auto_map": {"AutoModel": name, "AutoModelForSequenceClassification": name},
+        "custom_pipelines": {
+            "text-ranking": {
+                "impl": f"pipeline_querit.{TextRankingPipeline.__name__}",
+                "pt": ["AutoModelForSequenceClassification"],
+                "type": "text",
+            }
+        },
+    }
+
+
+def copy_remote_code(folder: str | os.PathLike) -> None:
+    for file in REMOTE_CODE:
+        source, target = Path(__file__).with_name(file), Path(folder) / file
+        if source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+
+
+def keys_not_loaded(info: dict) -> str:
+    """The keys that `from_pretrained` reports as missing or of another shape, the first eight; "" if there are none."""
+    keys = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 def padding_mask(mask: torch.Tensor, causal: bool) -> torch.Tensor:

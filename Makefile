@@ -1,0 +1,39 @@
+# make demo   rank a few documents in eight languages with the released Nano
+# make test   lint, types and all tests
+# make bench  pairs per second beside other ways to run the same model
+VENV ?= .venv
+PYTHON ?= python3
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+QUERIT := $(VENV)/bin/querit
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/demo-installed
+	@$(QUERIT) rank "How do migrating birds find their way?" examples/documents.jsonl --top-k 4 --table
+	@$(QUERIT) rank "¿Cómo hago que la batería dure más?" examples/documents.jsonl --top-k 4 --table
+	@$(QUERIT) rank "海为什么会涨潮？" examples/documents.jsonl --top-k 4 --table
+	@echo 'Your own: $(QUERIT) rank "a question" FILE...   (text lines, JSONL or CSV)'
+
+test: $(VENV)/test-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/test-installed
+	$(VENV)/bin/python -m tests.bench.bench_scoring
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/test-installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e ".[recipes,test]"
+	@touch $@ $(VENV)/demo-installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info

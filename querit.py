@@ -1,0 +1,161 @@
+"""The `querit` command. Each verb imports what it needs when it runs: `querit --help` answers at once."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+HUB_ID = "querit/querit-reranker-nano"
+RELEASED = Path(__file__).parent / "hub_card" / "querit-reranker-nano"
+SNIPPET = 160  # characters of a document shown in a table
+
+app = typer.Typer(help="Multilingual rerankers on your own text.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def querit() -> None:
+    """Rerank documents, convert checkpoints."""
+
+
+def fail(message: str) -> typer.Exit:
+    typer.echo(f"querit: {message}", err=True)
+    return typer.Exit(1)
+
+
+def read_documents(files: list[str], column: str) -> Iterator[tuple[str, Any]]:
+    """(place, document) of every row: lines of text, objects or strings of JSONL, rows of CSV or TSV."""
+    for name in files:
+        if name == "-":
+            yield from read_rows(sys.stdin, "-", ".txt", column)
+            continue
+        if Path(name).is_dir():
+            raise typer.BadParameter(f"{name} is a folder; name its files.")
+        try:
+            file = open(name, encoding="utf-8-sig", newline="")
+        except OSError as error:
+            raise typer.BadParameter(f"{name}: {error.strerror}") from None
+        with file:
+            try:
+                yield from read_rows(file, name, Path(name).suffix.lower(), column)
+            except UnicodeDecodeError:
+                raise fail(f"{name} is not UTF-8 text.") from None
+
+
+def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tuple[str, Any]]:
+    if suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        if column not in (reader.fieldnames or []):
+            raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
+        for row in reader:
+            yield f"{name}:{reader.line_num}", {**row, "text": row[column] or ""}
+        return
+    for number, line in enumerate(file, 1):
+        if not (line := line.strip()):
+            continue
+        place = f"{name}:{number}"
+        if suffix not in (".jsonl", ".ndjson"):
+            yield place, line
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise fail(f"{place}: {error}") from None
+        if isinstance(row, str):
+            yield place, row
+        elif isinstance(row, dict) and isinstance(row.get(column), str):
+            yield place, {**row, "text": row[column]}
+        else:
+            raise fail(f"{place}: neither a string nor an object with a text under {column!r}; see --column.")
+
+
+def load_ranker(model: str, revision: str | None):
+    """The pipeline over a folder or Hub repo, with the code installed here: no remote code is run."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from modeling_querit.modeling_querit import QueritForSequenceClassification
+    from modeling_querit.pipeline_querit import TextRankingPipeline
+
+    logging.disable_progress_bar()
+    try:
+        network = QueritForSequenceClassification.from_pretrained(model, revision=revision or "main", dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    return TextRankingPipeline(network, tokenizer=tokenizer)
+
+
+@app.command()
+def rank(
+    query: Annotated[str, typer.Argument(help="What is looked for.")],
+    files: Annotated[list[str], typer.Argument(help="Text (a document per line), JSONL, CSV, TSV; - reads lines.")],
+    top_k: Annotated[int | None, typer.Option(min=1, help="Show only the first so many.")] = None,
+    as_json: Annotated[
+        bool | None, typer.Option("--json/--table", help="JSON lines or a table; a table on a terminal if not given.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub repo; Nano if not given.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What relevance means here.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hub repo.")] = None,
+    column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+) -> None:
+    """Order documents by how well they answer a query."""
+    rows = list(read_documents(files, column))
+    if not rows:
+        raise fail("no documents: the input is empty.")
+    ranker = load_ranker(model or (str(RELEASED) if RELEASED.exists() else HUB_ID), revision)
+    try:
+        results = ranker(query, [document for _, document in rows], top_k=top_k, instruction=instruction)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise fail(str(error)) from None
+    for result in results:
+        result["source"] = rows[result["index"]][0]
+    if as_json is None:
+        as_json = not sys.stdout.isatty()
+    if as_json:
+        for result in results:
+            print(json.dumps(result, ensure_ascii=False))
+    else:
+        show(query, results)
+
+
+def show(query: str, results: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(query), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name, justify in (("", "right"), ("score", "right"), ("probability", "right"), ("source", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("document", ratio=1)
+    for place, result in enumerate(results, 1):
+        document = result["document"]
+        text = " ".join((document if isinstance(document, str) else document["text"]).split())
+        shown = text[:SNIPPET] + ("…" if len(text) > SNIPPET else "")
+        mark = " (cut to fit the model)" if result["truncated"] else ""
+        # Text, not str: brackets in a document are no markup.
+        numbers = (f"{place}", f"{result['score']:+.3f}", f"{result['probability']:.3f}")
+        table.add_row(*numbers, Text(result["source"]), Text(shown + mark))
+    Console().print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder as published.")],
+    output: Annotated[Path, typer.Argument(help="Hub folder to write; must not exist.")],
+) -> None:
+    """Turn a checkpoint as published into a folder that every engine loads."""
+    from hub_card.convert import convert as convert_checkpoint
+
+    try:
+        convert_checkpoint(source, output)
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    typer.echo(f'{output}: load it with pipeline("text-ranking", model="{output}", trust_remote_code=True)')
+
+
+if __name__ == "__main__":
+    app()

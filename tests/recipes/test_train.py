@@ -1,0 +1,142 @@
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import pipeline
+from trl import RewardConfig
+
+from recipes.train import GroupCollator, ScriptArguments, kl_loss, main, margin_loss
+from tests.recipes.folders_for_tests import SUBJECTS, tiny_backbone
+
+groups = st.lists(
+    st.lists(st.tuples(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=5),
+    min_size=1,
+    max_size=4,
+)
+
+
+def as_matrices(rows):
+    most = max(map(len, rows))
+    scores, labels = torch.zeros(len(rows), most), torch.zeros(len(rows), most)
+    real = torch.zeros(len(rows), most, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        for j, (score, label) in enumerate(row):
+            scores[i, j], labels[i, j], real[i, j] = score, label, True
+    # What stands in the padding must not matter.
+    return scores.masked_fill(~real, 9.0), labels.masked_fill(~real, 7.0), real
+
+
+@given(groups)
+def test_margin_loss_is_the_mean_over_ordered_pairs(rows):
+    losses = [
+        max(0.0, 0.8 * (y_i - y_j) - (s_i - s_j)) for row in rows for s_i, y_i in row for s_j, y_j in row if y_i > y_j
+    ]
+    expected = sum(losses) / len(losses) if losses else 0.0
+    assert margin_loss(*as_matrices(rows), scale=0.8).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(groups)
+def test_kl_loss_is_the_mean_divergence_of_the_groups(rows):
+    expected = 0.0
+    for row in rows:
+        p = torch.softmax(torch.tensor([y for _, y in row], dtype=torch.float64) / 0.15, 0)
+        q = torch.softmax(torch.tensor([s for s, _ in row], dtype=torch.float64), 0)
+        expected += (p * (p / q).log()).sum().item() / len(rows)
+    assert kl_loss(*as_matrices(rows), temperature=0.15).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_batch_without_pairs_gives_no_gradient_and_no_nan():
+    scores = torch.zeros(2, 3, requires_grad=True)
+    loss = margin_loss(scores, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.8)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.abs().sum() == 0
+
+
+def test_collator_keeps_each_label_beside_its_pair():
+    batch = GroupCollator(0)(
+        [{"input_ids": [[5, 6], [7]], "labels": [1.0, 0.2]}, {"input_ids": [[8, 9, 10]], "labels": [0.5]}]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["labels"][batch["real"]].tolist() == pytest.approx([1.0, 0.2, 0.5])
+    assert batch["real"].tolist() == [[True, True], [True, False]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A plain backbone and groups in which the document that names the subject is right."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_backbone(folder / "base")
+    rows = []
+    for i in range(64):
+        subject, other, third = (SUBJECTS[(i + k * 5) % len(SUBJECTS)] for k in range(3))
+        documents = [f"the {subject} is oiled", f"the {other} is dry", f"a {third} and a {other}"]
+        rows.append({"query": f"how to keep a {subject}", "documents": documents, "labels": [1.0, 0.1, 0.0]})
+    Dataset.from_list(rows).to_parquet(str(folder / "data.parquet"))
+    return folder
+
+
+def run(made, output, loss="kl", **changes):
+    script = ScriptArguments(
+        model_name_or_path=str(made / "base"), train_data=str(made / "data.parquet"), pooling="mean", loss=loss,
+        attn_implementation="eager",
+    )  # fmt: skip
+    options = {
+        "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 5, "save_steps": 20,
+        "max_length": 48, "bf16": True, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none",
+        "disable_tqdm": True, "seed": 3, **changes,
+    }  # fmt: skip
+    main(script, RewardConfig(output_dir=str(output), **options))
+    return output
+
+
+@pytest.mark.parametrize("loss", ["kl", "margin"])
+def test_training_lowers_the_loss_and_writes_a_folder_that_ranks(made, tmp_path, loss):
+    import json
+
+    out = run(made, tmp_path / "model", loss)
+    history = [
+        row["loss"] for row in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in row
+    ]
+    assert history[-1] < 0.6 * history[0]
+    ranker = pipeline("text-ranking", model=str(out), trust_remote_code=True)
+    right = sum(
+        ranker(f"how to keep a {s}", ["the stone is dry", f"the {s} is oiled"])[0]["index"] == 1 for s in SUBJECTS
+    )
+    assert right > 0.8 * len(SUBJECTS)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(made, tmp_path):
+    whole = run(made, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-20", broken / "checkpoint-20")  # all that a run stopped at step 25 leaves
+    run(made, broken)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_frozen_parameters_stay_and_others_move(made, tmp_path):
+    script = ScriptArguments(
+        model_name_or_path=str(made / "base"), train_data=str(made / "data.parquet"), pooling="mean", loss="kl",
+        freeze=["embeddings"],
+    )  # fmt: skip
+    config = RewardConfig(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True, max_length=48,
+    )  # fmt: skip
+    main(script, config)
+    before, after = load_file(made / "base" / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[f"bert.{name}"]) == ("embeddings" in name), name
+
+
+def test_an_unknown_loss_is_named(made, tmp_path):
+    with pytest.raises(ValueError, match="margin or kl"):
+        run(made, tmp_path / "x", loss="hinge")

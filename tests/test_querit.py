@@ -1,0 +1,146 @@
+"""The command as a user runs it: a process, its output, its exit code."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import querit
+from tests.models_for_tests import folder_of
+
+DOCUMENTS = ["The tide rises twice a day.", "Feed the starter with flour.", "Una batería dura más si no se calienta."]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return str(folder_of("bert"))
+
+
+def invoke(*args, input=None):
+    return CliRunner().invoke(querit.app, [str(a) for a in args], input=input)
+
+
+def rows(result):
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_lines_of_text_become_json_lines_best_first(tmp_path, model):
+    file = tmp_path / "notes.txt"
+    file.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    found = rows(invoke("rank", "tide", file, "--model", model))
+    assert sorted(row["document"] for row in found) == sorted(DOCUMENTS)
+    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    line_of = {DOCUMENTS[0]: 1, DOCUMENTS[1]: 3, DOCUMENTS[2]: 5}
+    assert all(row["source"] == f"{file}:{line_of[row['document']]}" for row in found)
+
+
+def test_the_command_scores_as_the_pipeline_does(tmp_path, model):
+    from transformers import pipeline
+
+    file = tmp_path / "notes.txt"
+    file.write_text("\n".join(DOCUMENTS), encoding="utf-8")
+    expected = pipeline("text-ranking", model=model, trust_remote_code=True)("tide", DOCUMENTS)
+    found = rows(invoke("rank", "tide", file, "--model", model))
+    assert [row["index"] for row in found] == [row["index"] for row in expected]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.csv", 'id,body\n1,"The tide, it rises"\n2,Flour\n'),
+        ("d.tsv", "id\tbody\n1\tThe tide, it rises\n2\tFlour\n"),
+        ("d.jsonl", '{"id": "1", "body": "The tide, it rises"}\n{"id": "2", "body": "Flour"}\n'),
+    ],
+)
+def test_tables_and_objects_keep_their_other_columns(tmp_path, model, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = rows(invoke("rank", "tide", tmp_path / name, "--column", "body", "--model", model))
+    assert {(row["document"]["id"], row["document"]["text"]) for row in found} == {
+        ("1", "The tide, it rises"),
+        ("2", "Flour"),
+    }
+
+
+def test_jsonl_strings_several_files_standard_input_and_top_k(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text(json.dumps(DOCUMENTS[0]) + "\n" + json.dumps(DOCUMENTS[1]) + "\n")
+    result = invoke(
+        "rank", "tide", tmp_path / "a.jsonl", "-", "--top-k", 2, "--model", model, input=DOCUMENTS[2] + "\n"
+    )
+    assert len(rows(result)) == 2
+    everything = rows(invoke("rank", "tide", tmp_path / "a.jsonl", "-", "--model", model, input=DOCUMENTS[2] + "\n"))
+    assert {row["source"] for row in everything} == {f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:2", "-:1"}
+
+
+def test_a_table_shows_the_order_and_takes_brackets_as_text(tmp_path, model):
+    file = tmp_path / "notes.txt"
+    file.write_text("[red]not markup[/red]\nplain", encoding="utf-8")
+    result = invoke("rank", "tide [bold]", file, "--table", "--model", model)
+    assert result.exit_code == 0 and "[red]" in result.stdout and "[bold]" in result.stdout and "score" in result.stdout
+
+
+def test_a_terminal_gets_a_table_and_a_pipe_json(tmp_path, model):
+    file = tmp_path / "notes.txt"
+    file.write_text("\n".join(DOCUMENTS), encoding="utf-8")
+    command = [sys.executable, "-m", "querit", "rank", "tide", str(file), "--model", model]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(ours, 4096)
+        except OSError:  # the other end of a terminal closes so
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert process.wait() == 0
+    assert "probability" in shown.decode() and not shown.decode().lstrip().startswith("{")
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert len([json.loads(line) for line in piped.stdout.splitlines()]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "code", "message"),
+    [
+        ("d.csv", "id,body\n1,x\n", [], 1, "--column"),
+        ("d.jsonl", '{"text": "x"}\n{broken\n', [], 1, "d.jsonl:2"),
+        ("d.jsonl", '{"body": "x"}\n', [], 1, "--column"),
+        ("d.txt", "\n \n", [], 1, "no documents"),
+        ("d.txt", "x", ["--top-k", "0"], 2, "top-k"),
+    ],
+)
+def test_bad_files_and_options_say_what_is_wrong(tmp_path, model, name, text, options, code, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    result = invoke("rank", "tide", tmp_path / name, "--model", model, *options)
+    assert result.exit_code == code and message in result.output.replace("\n", " ")
+    assert not result.stdout.startswith("{") and "Traceback" not in result.output
+
+
+def test_missing_files_folders_models_and_empty_queries_are_named(tmp_path, model):
+    (tmp_path / "d.txt").write_text("x")
+    assert "nowhere.txt" in invoke("rank", "tide", tmp_path / "nowhere.txt", "--model", model).output.replace("\n", "")
+    assert invoke("rank", "tide", tmp_path / "nowhere.txt", "--model", model).exit_code == 2
+    assert invoke("rank", "tide", tmp_path, "--model", model).exit_code == 2
+    result = invoke("rank", "tide", tmp_path / "d.txt", "--model", tmp_path / "no-model")
+    assert result.exit_code == 1 and "no-model" in result.output and "Traceback" not in result.output
+    result = invoke("rank", " ", tmp_path / "d.txt", "--model", model)
+    assert result.exit_code == 1 and "query is empty" in result.output
+    (tmp_path / "latin.txt").write_bytes("Zugvögel".encode("latin-1"))
+    result = invoke("rank", "tide", tmp_path / "latin.txt", "--model", model)
+    assert result.exit_code == 1 and "UTF-8" in result.output
+
+
+def test_help_imports_no_torch():
+    code = "import sys, querit; from typer.testing import CliRunner; r = CliRunner().invoke(querit.app, ['--help']); "
+    code += (
+        "assert r.exit_code == 0 and 'rank' in r.output and 'convert' in r.output; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
