@@ -21,7 +21,7 @@ test: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/test-installed
-	$(VENV)/bin/python -m tests.bench.bench_scoring
+	$(VENV)/bin/python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

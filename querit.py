@@ -35,18 +35,17 @@ def read_documents(files: list[str], column: str) -> Iterator[tuple[str, Any]]:
         if Path(name).is_dir():
             raise typer.BadParameter(f"{name} is a folder; name its files.")
         try:
-            file = open(name, encoding="utf-8-sig", newline="")
+            with open(name, encoding="utf-8-sig", newline="") as file:
+                yield from read_rows(file, name, Path(name).suffix.lower(), column)
         except OSError as error:
             raise typer.BadParameter(f"{name}: {error.strerror}") from None
-        with file:
-            try:
-                yield from read_rows(file, name, Path(name).suffix.lower(), column)
-            except UnicodeDecodeError:
-                raise fail(f"{name} is not UTF-8 text.") from None
+        except UnicodeDecodeError:
+            raise fail(f"{name} is not UTF-8 text.") from None
 
 
 def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tuple[str, Any]]:
     if suffix in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)  # a field may hold a whole document
         reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
         if column not in (reader.fieldnames or []):
             raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
@@ -128,9 +127,10 @@ def show(query: str, results: list[dict]) -> None:
     from rich.text import Text
 
     table = Table(title=Text(query), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name, justify in (("", "right"), ("score", "right"), ("probability", "right"), ("source", "left")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("", "score", "probability"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     table.add_column("document", ratio=1)
+    table.add_column("source", no_wrap=True, max_width=24)
     for place, result in enumerate(results, 1):
         document = result["document"]
         text = " ".join((document if isinstance(document, str) else document["text"]).split())
@@ -138,7 +138,8 @@ def show(query: str, results: list[dict]) -> None:
         mark = " (cut to fit the model)" if result["truncated"] else ""
         # Text, not str: brackets in a document are no markup.
         numbers = (f"{place}", f"{result['score']:+.3f}", f"{result['probability']:.3f}")
-        table.add_row(*numbers, Text(result["source"]), Text(shown + mark))
+        source = result["source"].rpartition("/")[2]
+        table.add_row(*numbers, Text(shown + mark), Text(source))
     Console().print(table)
 
 

@@ -1,6 +1,7 @@
 """From a trained checkpoint to the folder that is released: 16-bit weights, code, tokenizer, card.
 
-python -m hub_card.release runs/querit-nano/general hub_card/querit-reranker-nano --results recipes/querit-nano/results/dev
+python -m hub_card.release runs/querit-nano/general hub_card/querit-reranker-nano \\
+    --results recipes/querit-nano/results/dev
 """
 
 import argparse

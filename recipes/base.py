@@ -298,5 +298,5 @@ def main(args: BaseArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser(BaseArguments).parse_args_and_config()
+    (arguments,) = TrlParser(BaseArguments).parse_args_and_config()  # type: ignore[arg-type]
     main(arguments)

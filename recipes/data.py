@@ -10,13 +10,10 @@ from pathlib import Path
 def read_jsonl(folder: str | Path, name: str) -> Iterator[dict]:
     """Rows of `<folder>/<name>.jsonl` or `.jsonl.gz`."""
     path = Path(folder) / f"{name}.jsonl"
-    if path.exists():
-        file = open(path, encoding="utf-8")
-    elif (packed := Path(f"{path}.gz")).exists():
-        file = gzip.open(packed, "rt", encoding="utf-8")
-    else:
+    packed = Path(f"{path}.gz")
+    if not path.exists() and not packed.exists():
         raise FileNotFoundError(f"{folder} is no BEIR folder: it has neither {name}.jsonl nor {name}.jsonl.gz.")
-    with file:
+    with path.open(encoding="utf-8") if path.exists() else gzip.open(packed, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)

@@ -10,6 +10,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -56,7 +57,7 @@ def write_json(path: Path, value) -> None:
 
 
 def ndcg_at_10(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, float]:
-    """nDCG@10 per query (pytrec_eval). Equal scores stand in an order that knows nothing of relevance or first stage."""
+    """nDCG@10 per query (pytrec_eval). Equal scores stand in an order that depends on ids alone."""
 
     def shuffled(query: str, scores: dict[str, float]) -> dict[str, float]:
         def key(document: str) -> tuple[float, str]:
@@ -113,7 +114,7 @@ def rerank(ranker, corpus: dict[str, str], queries: dict[str, str], candidates: 
 def evaluate(args: EvaluateArguments) -> dict:
     out = Path(args.output_dir)
     results: dict = {"settings": asdict(args), "sets": {}}
-    rankers: dict[str, object] = {}
+    rankers: dict[str, Any] = {}
     for folder in args.data:
         name = Path(folder).name
         qrels = {query: docs for query, docs in read_qrels(folder, args.split).items() if max(docs.values()) > 0}
@@ -134,7 +135,7 @@ def evaluate(args: EvaluateArguments) -> dict:
             part = out / "parts" / f"{name}-{key}-{model}-{args.max_length}.json"
             if not part.exists():
                 if model not in rankers:
-                    rankers[model] = pipeline(
+                    rankers[model] = pipeline(  # type: ignore[call-overload]
                         "text-ranking",
                         model=path,
                         revision=args.revisions.get(path),
@@ -193,14 +194,14 @@ def table(results: dict) -> str:
         values = " | ".join(f"{entry['ndcg@10'][system]:.1f}" for system in systems)
         lines.append(f"| {name} | {entry['queries']} | {values} |")
     lines.append("| **mean** | | " + " | ".join(f"**{results['mean'][s]['ndcg@10']:.1f}**" for s in systems) + " |")
-    gains = [
-        f"{results['mean'][s]['gain']:+.1f} [{results['mean'][s]['interval'][0]:+.1f}, {results['mean'][s]['interval'][1]:+.1f}]"
-        for s in systems
-    ]
+    gains = []
+    for system in systems:
+        mean = results["mean"][system]
+        gains.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(mean["gain"], *mean["interval"]))
     lines.append("| gain over retriever (95%) | | " + " | ".join(gains) + " |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    (arguments,) = TrlParser(EvaluateArguments).parse_args_and_config()  # type: ignore[arg-type]
     evaluate(arguments)

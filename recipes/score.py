@@ -7,9 +7,9 @@ scores are mapped to [0, 1] (min-max over the top_k) and mixed with the known re
 
     label = (1 - relevance_weight) * minmax(similarity) + relevance_weight * relevant
 
-Candidates are drawn over the whole range of scores: `bins` equal intervals, filled ones visited in random order, so that
-easy and hard ones are all there (Querit's 16 bins). Folders of one target form one pool in which the same `_id` is the
-same document in another language: a twin of the positive is a positive.
+Candidates are drawn over the whole range of scores: `bins` equal intervals, filled ones visited in random order, so
+that easy and hard ones are all there (Querit's 16 bins). Folders of one target form one pool in which the same `_id` is
+the same document in another language: a twin of the positive is a positive.
 """
 
 import json
@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def draw(labels: np.ndarray, count: int, bins: int, rng: random.Random) -> list[
 
 
 def score_pool(name: str, pool: Pool, teacher: SentenceTransformer, args: ScoreArguments, rng: random.Random):
-    encode = {"batch_size": args.batch_size, "convert_to_tensor": True, "show_progress_bar": True}
+    encode: dict[str, Any] = {"batch_size": args.batch_size, "convert_to_tensor": True, "show_progress_bar": True}
     passages = teacher.encode_document(pool.passages, **encode).float()
     queries = teacher.encode_query(pool.queries, **encode).float()
     rows: dict[str, list[int]] = {}
@@ -197,5 +198,5 @@ def main(args: ScoreArguments) -> None:
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser(ScoreArguments).parse_args_and_config()
+    (arguments,) = TrlParser(ScoreArguments).parse_args_and_config()  # type: ignore[arg-type]
     main(arguments)

@@ -93,7 +93,7 @@ class GroupTrainer(RewardTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
     ) -> Dataset:
-        encoder = PromptEncoder(processing_class, args.max_length)
+        encoder = PromptEncoder(processing_class, args.max_length or processing_class.model_max_length)
 
         def tokenize(group: dict) -> dict:
             ids = [pair.input_ids for pair in encoder.encode(group["query"], group["documents"])]
@@ -103,7 +103,7 @@ class GroupTrainer(RewardTrainer):
             return dataset.map(tokenize, remove_columns=[c for c in dataset.column_names if c != "labels"])
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "length"]
+        self._signature_columns = ["input_ids", "labels", "length"]  # type: ignore[assignment]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -167,11 +167,12 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id or 0),
     )
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    output_dir = str(args.output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(args.output_dir)
+    trainer.save_model(output_dir)
     trainer.save_state()
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, RewardConfig)).parse_args_and_config())
+    main(*TrlParser((ScriptArguments, RewardConfig)).parse_args_and_config())  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The prompt: joined pieces are the whole string's ids, cuts keep the prompt, user text is never a control token."""
 
+import itertools
 import json
 import time
 from functools import cache
@@ -279,7 +280,7 @@ def test_the_instruction_stands_before_the_query_and_must_leave_room(kind):
     [pair] = limited.encode("rain", ["wind"], "Find the weather.")
     assert pair.input_ids == whole_ids(kind, "rain", "wind", "Find the weather.")
     assert limited.encode("rain", ["wind"], "") == limited.encode("rain", ["wind"])
-    with pytest.raises(ValueError, match="instruction leaves no room.*shorten it, or raise it to at least"):
+    with pytest.raises(ValueError, match=r"instruction leaves no room.*shorten it, or raise it to at least"):
         limited.encode("rain", ["wind"], "Find the weather. " * 100)
     [kept] = limited.encode("rain " * 500, ["wind"], "Find the weather.")
     assert "weather" in tokenizer_of(kind).decode(kept.prefix) and kept.truncated
@@ -308,7 +309,7 @@ def test_passages_overlap_and_start_at_words():
     document = "wind rain fog waves weather " * 60
     limited = encoder("qwen3", 64)
     windows = limited.encode_passages("rain", document, overlap=0.25)
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in itertools.pairwise(windows):
         shared = len(encoder("qwen3").encode("", [document[right.span[0] : left.span[1]]])[0].document)
         assert 0.1 <= shared / len(left.document) <= 0.35
         assert document[right.span[0] - 1] == " " != document[right.span[0]]

@@ -10,7 +10,24 @@ from transformers import BertModel
 
 from tests.models_for_tests import tiny_config, tokenizer_of
 
-SUBJECTS = ["bread", "tide", "battery", "lemon", "puffin", "bicycle", "violin", "glacier", "compass", "candle", "anchor", "saddle", "kettle", "marble", "lantern", "ladder"]
+SUBJECTS = [
+    "bread",
+    "tide",
+    "battery",
+    "lemon",
+    "puffin",
+    "bicycle",
+    "violin",
+    "glacier",
+    "compass",
+    "candle",
+    "anchor",
+    "saddle",
+    "kettle",
+    "marble",
+    "lantern",
+    "ladder",
+]
 
 
 def write_beir(

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from datasets import Dataset
+from transformers import pipeline
+
+from recipes.calibrate import CalibrateArguments, fit, main, rescale
+from tests.models_for_tests import folder_of, tiny_model
+from tests.recipes.folders_for_tests import SUBJECTS
+
+
+def test_fit_finds_the_curve_that_drew_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20000, generator=generator) * 3
+    relevant = torch.rand(20000, generator=generator) < torch.sigmoid(0.7 * logits - 1.2)
+    assert fit(logits, relevant) == pytest.approx((0.7, -1.2), abs=0.06)
+    with pytest.raises(ValueError, match="upside down"):
+        fit(-logits, relevant)
+
+
+def test_rescale_moves_the_logit_as_told():
+    model, ids = tiny_model("bert"), torch.randint(6, 60, (3, 9))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        rescale(model, 0.7, -1.2)
+        after = model(input_ids=ids).logits
+    assert torch.allclose(after, 0.7 * before - 1.2, atol=1e-5)
+
+
+def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_probability(tmp_path):
+    ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True)
+    rows = []
+    for subject in SUBJECTS * 2:
+        documents = [f"a {other} and a {subject}" for other in SUBJECTS[:6]]
+        order = [result["index"] for result in ranker(f"keep a {subject}", documents, max_length=48)]
+        best = order[0] if subject in SUBJECTS[:10] else order[3]  # mostly right, not always
+        relevant = [i == best for i in range(6)]
+        rows.append({"query": f"keep a {subject}", "documents": documents, "relevant": relevant})
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
+    main(
+        CalibrateArguments(
+            model_name_or_path=str(folder_of("bert")), data=str(tmp_path / "data.parquet"), max_length=48,
+            output_dir=str(tmp_path / "out"), first_group=16, groups=100,
+        )
+    )  # fmt: skip
+    calibrated = pipeline("text-ranking", model=str(tmp_path / "out"), trust_remote_code=True)
+    probabilities = []
+    for row in rows[16:]:
+        before, after = (r(row["query"], row["documents"], max_length=48) for r in (ranker, calibrated))
+        assert [x["index"] for x in before] == [x["index"] for x in after]
+        probabilities += [x["probability"] for x in after]
+    # A property of maximum likelihood with an intercept: the mean prediction is the rate.
+    assert sum(probabilities) / len(probabilities) == pytest.approx(1 / 6, abs=5e-3)
