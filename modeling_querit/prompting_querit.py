@@ -14,11 +14,11 @@ SLICE_CHARACTERS = 8
 # Stand for the contents while the template is learnt. Blanks at both ends: a template that trims would lose them.
 SENTINELS = {"system": " \ue000system\ue001 ", "query": " \ue000query\ue001 ", "document": " \ue000document\ue001 "}
 # Beginnings of a document with which the cut before it is tried, one of each kind of character, between broken bars.
-PROBE_DOCUMENTS = (
+PROBE_DOCUMENTS = (  # noqa: SIM905 - a list of one a line would be longer than the module
     "¦ ¦  ¦   a¦\t¦\ta¦\n¦\n\na¦\r\n¦ \n a¦\x00¦\x0b¦\x85¦\u00a0a¦\u3000日¦\u200b¦\ufe0f¦\u20e3¦\ufffd¦\ue000¦\u0301"
     "¦\u0301a¦a¦A¦Word¦s¦'s¦'ll go¦’s¦1¦123¦12345¦٣¦é¦e\u0301¦ß¦日本¦한국¦ᄀ¦ひら¦カナ¦中1¦Привет¦שלום¦مرحبا¦नमस्ते"
     "¦ไทย¦😀¦👩\u200d👧¦.¦...¦:¦::¦;¦(a¦«¦。¦「¦—¦$5¦€5¦#a¦@a¦/a¦\\n¦_¦<a>"
-).split("¦")  # noqa: SIM905  # a list of one a line would be longer than the module
+).split("¦")
 PROBE_QUERIES = ("", "query", "1", "日本", "e\u0301", "a \n", "😀")
 
 
