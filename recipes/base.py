@@ -238,6 +238,14 @@ def prune_tokenizer(tokenizer_file: Path, keep: list[int]) -> PreTrainedTokenize
     )
 
 
+def same_pieces(old: Tokenizer, new: Tokenizer, words: Iterable[tuple[str, float]]) -> float:
+    """Share of (word, frequency) rows, weighted by frequency, that both tokenizers cut into the same pieces."""
+    rows = list(words)
+    cuts = ([e.tokens for e in t.encode_batch([w for w, _ in rows], add_special_tokens=False)] for t in (old, new))
+    same = sum(weight for (_, weight), a, b in zip(rows, *cuts, strict=True) if a == b)
+    return same / sum(weight for _, weight in rows)
+
+
 def save_retriever(
     state: dict[str, torch.Tensor], config: BertConfig, tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> None:
@@ -293,6 +301,11 @@ def main(args: BaseArguments) -> None:
         config.pad_token_id = tokenizer.pad_token_id
         built = Path(scratch) / "built"
         save_retriever(state, config, tokenizer, built)
+        new = tokenizer.backend_tokenizer
+        same = {language: round(same_pieces(old, new, weighted_words(language)), 4) for language in args.languages}
+        report = {"pieces": len(keep), "of": len(vocab), "share_of_running_words_cut_as_before": same}
+        (built / "vocabulary.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(report["share_of_running_words_cut_as_before"])
         shutil.move(built, out)
     print(f"{out}: {len(keep):,} of {len(vocab):,} pieces kept, {sum(t.numel() for t in state.values()):,} parameters")
 

@@ -118,8 +118,9 @@ def ranker(folder: Path):
 
 
 def cross_encoder(folder: Path, **options):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    return sentence_transformers.CrossEncoder(str(folder), device="cpu", local_files_only=True, **options)
+    from sentence_transformers import CrossEncoder
+
+    return CrossEncoder(str(folder), device="cpu", local_files_only=True, **options)
 
 
 def plain_scores(kind: str, query: str, documents: list[str]) -> list[float]:
@@ -299,7 +300,6 @@ def test_sentence_transformers_files_refuse(weight, bias, pooling, tmp_path):
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 def test_wrapper_of_mteb(kind):
-    pytest.importorskip("mteb")
     from datasets import Dataset
     from mteb.models.model_implementations.querit_models import QueritWrapper
     from torch.utils.data import DataLoader

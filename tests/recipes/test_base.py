@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from recipes.base import choose_pieces, piece_shares, prune_tokenizer, read_e5s1, save_retriever
+from recipes.base import choose_pieces, piece_shares, prune_tokenizer, read_e5s1, same_pieces, save_retriever
 from tests.models_for_tests import tokenizer_of
 
 
@@ -34,6 +34,14 @@ def test_words_whose_pieces_are_kept_are_cut_as_before(tokenizer_file):
         assert new.tokenize(word) == old.tokenize(word), word
     # Each piece keeps its row of the embeddings.
     assert [vocab[i][0] for i in keep] == new.convert_ids_to_tokens(list(range(len(keep))))
+
+
+def test_same_pieces_weighs_words_by_their_frequency(tokenizer_file):
+    vocab, old = vocab_of(tokenizer_file), tokenizer_of("bert").backend_tokenizer
+    whole = next(word for word in ("rain", "train", "water") if len(old.encode(word, add_special_tokens=False)) == 1)
+    keep = [i for i, (piece, _) in enumerate(vocab) if piece != "▁" + whole]
+    new = prune_tokenizer(tokenizer_file, keep).backend_tokenizer
+    assert same_pieces(old, new, [(whole, 0.3), ("the", 0.9)]) == pytest.approx(0.75)
 
 
 def test_pieces_are_chosen_specials_then_characters_then_by_share():

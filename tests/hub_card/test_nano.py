@@ -1,0 +1,74 @@
+"""The released Nano does what it is for. Texts are ours; the questions are asked in a language, answered in any."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sentence_transformers import CrossEncoder
+from transformers import AutoTokenizer, pipeline
+
+from modeling_querit.modeling_querit import REMOTE_CODE
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "hub_card" / "querit-reranker-nano"
+DOCUMENTS = [json.loads(line) for line in (ROOT / "examples" / "documents.jsonl").read_text("utf-8").splitlines()]
+# Question -> places of the documents that answer it, in whichever language.
+BATTERY, TIDES, BIRDS, BREAD = {1, 3, 14, 15}, {2, 5, 9, 16}, {8, 11, 13}, {0, 7}
+ASKED = {
+    "How can I make my laptop battery last longer?": BATTERY,
+    "¿Cómo hago que la batería dure más?": BATTERY,
+    "スマホの電池を長持ちさせる方法": BATTERY,
+    "怎样延长锂电池的寿命？": BATTERY,
+    "Why are there two high tides a day?": TIDES,
+    "Pourquoi y a-t-il des grandes marées ?": TIDES,
+    "Почему бывают приливы и отливы?": TIDES,
+    "海为什么会涨潮？": TIDES,
+    "Wie finden Zugvögel ihren Weg?": BIRDS,
+    "철새는 어떻게 길을 찾을까?": BIRDS,
+    "渡り鳥はどうやって道を見つけるのか": BIRDS,
+    "Wie mache ich einen Sauerteig?": BREAD,
+}
+
+
+@pytest.fixture(scope="module")
+def ranker():
+    return pipeline("text-ranking", model=str(NANO), trust_remote_code=True)
+
+
+def test_it_answers_in_eight_languages(ranker):
+    requests = [{"query": query, "documents": DOCUMENTS} for query in ASKED]
+    found = dict(zip(ASKED, ranker(requests, top_k=1), strict=True))
+    wrong = [query for query, answers in ASKED.items() if found[query][0]["index"] not in answers]
+    assert len(wrong) <= 1, wrong
+
+
+def test_an_answer_is_more_probable_than_what_has_nothing_to_do_with_it(ranker):
+    for query, answers in ASKED.items():
+        probability = {row["index"]: row["probability"] for row in ranker(query, DOCUMENTS)}
+        others = [p for index, p in probability.items() if index not in answers]
+        assert max(probability[i] for i in answers) > 2 * sum(others) / len(others), query
+
+
+def test_its_scores_are_the_same_through_sentence_transformers(ranker):
+    query = next(iter(ASKED))
+    texts = [f"{d['title']} {d['text']}" if d["title"] else d["text"] for d in DOCUMENTS]
+    expected = {row["index"]: row["probability"] for row in ranker(query, texts)}
+    found = CrossEncoder(str(NANO), model_kwargs={"dtype": ranker.model.dtype}).predict([(query, t) for t in texts])
+    assert found.tolist() == pytest.approx([expected[i] for i in range(len(texts))], abs=2e-2)
+
+
+def test_the_folder_is_what_is_published():
+    files = {path.name: path.stat().st_size for path in NANO.rglob("*") if path.is_file()}
+    weights = [name for name in files if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".onnx"))]
+    assert weights.count("model.safetensors") >= 1 and all(name.endswith(".safetensors") for name in weights)
+    assert files["model.safetensors"] < 95_000_000
+    for name in REMOTE_CODE:
+        assert (NANO / name).read_bytes() == (ROOT / "modeling_querit" / name).read_bytes(), f"{name}: release again"
+
+
+def test_the_vocabulary_knows_the_eight_languages():
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    for document in DOCUMENTS:
+        ids = tokenizer(document["text"])["input_ids"]
+        assert tokenizer.unk_token_id not in ids, document["text"]
+        assert len(ids) < 0.75 * len(document["text"]) + 2  # pieces, not mere characters

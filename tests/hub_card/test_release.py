@@ -1,0 +1,43 @@
+import pytest
+import torch
+from safetensors import safe_open
+from sentence_transformers import CrossEncoder
+from transformers import pipeline
+
+from hub_card import release as module
+from hub_card.release import release
+from tests.models_for_tests import folder_of
+
+QUERY, DOCUMENTS = "rain", ["Rain fell all night.", "The train stops twice.", "oil"]
+
+
+def test_a_release_holds_16_bits_code_licence_and_a_card_with_the_table(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "results.md").write_text("| set | nano |\n|---|---|\n| tides | 61.5 |\n")
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    (folder / "stale.txt").write_text("of an earlier release")
+    release(folder_of("bert"), folder, tmp_path / "results")
+    assert not (folder / "stale.txt").exists()
+    assert (
+        "| tides | 61.5 |" in (folder / "README.md").read_text()
+        and "{results}" not in (folder / "README.md").read_text()
+    )
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert not list(folder.rglob("*.bin")) and (folder / "LICENSE").exists()
+    ranker = pipeline("text-ranking", model=str(folder), dtype=torch.float32, trust_remote_code=True)
+    expected = [row["probability"] for row in sorted(ranker(QUERY, DOCUMENTS), key=lambda row: row["index"])]
+    encoder = CrossEncoder(str(folder), model_kwargs={"dtype": torch.float32})
+    assert encoder.predict([(QUERY, document) for document in DOCUMENTS]).tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_release_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "nano"
+    release(folder_of("bert"), folder)
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(module, "CARD", tmp_path / "no-card.md")
+    with pytest.raises(FileNotFoundError):
+        release(folder_of("bert"), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["nano"]
