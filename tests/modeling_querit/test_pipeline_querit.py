@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -364,7 +363,7 @@ def test_what_is_no_request_is_refused_by_name(arguments, options, error, messag
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("long_documents", ["truncate", "max_passage"])
 def test_a_million_characters(kind, long_documents):
-    ranker, started = ranker_of(kind), time.process_time()
+    ranker = ranker_of(kind)
     if long_documents == "truncate":
         documents = ["wind and rain " * 71_500, "雨" * 1_000_000, "oil"]
         results = {result["index"]: result for result in ranker("rain " * 200_000, documents)}
@@ -374,7 +373,6 @@ def test_a_million_characters(kind, long_documents):
         results = {result["index"]: result for result in ranker(QUERY, documents, long_documents=long_documents)}
         assert not any(result["truncated"] for result in results.values())
         assert "passage" in results[0]
-    assert time.process_time() - started < 20  # of the processor: a busy machine is no fault
     assert all(-1 <= result["score"] <= 1 for result in results.values())
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from functools import cache
 
 import pytest
@@ -324,12 +323,15 @@ def test_passages_overlap_and_start_at_words():
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_a_million_characters_are_quick(kind):
+def test_of_a_million_characters_little_more_than_fits_is_tokenised(kind, monkeypatch):
     limited = encoder(kind, 256)
-    huge = ["wind and rain " * 71_500, "雨" * 1_000_000, "wind" * 250_000]
-    started = time.perf_counter()
+    call, seen = limited._call, []
+    monkeypatch.setattr(limited, "_call", lambda texts, split: seen.extend(map(len, texts)) or call(texts, split))
+    huge = ["wind and rain " * 71_500, "wind" * 250_000]
+    if kind != "bert":  # whose tokenizer does not know this one: a million unknown characters in a row are one token
+        huge.append("雨" * 1_000_000)
     pairs = limited.encode("rain " * 200_000, huge)
-    assert time.perf_counter() - started < 2.5  # tokenising all of it takes several times as long
+    assert sum(seen) < 100_000  # of four million
     assert all(pair.truncated and pair.num_tokens <= 256 for pair in pairs)
     assert pairs[0].num_tokens >= 252
     for document, pair in zip(huge, pairs, strict=True):
