@@ -10,7 +10,7 @@ from transformers import Pipeline
 
 from .modeling_querit import QueritForSequenceClassification
 from .prompting_querit import EncodedPair, PromptEncoder, document_text
-from .scoring_querit import BATCH_TOKENS, NonFiniteScoreError, fastest_cpu_dtype, score_pairs
+from .scoring_querit import NonFiniteScoreError, fastest_cpu_dtype, score_pairs
 
 LONG_DOCUMENTS = ("truncate", "max_passage")
 # Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) with the constant of the paper.
@@ -34,7 +34,7 @@ class TextRankingPipeline(Pipeline):
         max_length (int): most tokens of a pair; the model's own limit if not given.
         long_documents: "truncate" cuts a document that does not fit; "max_passage" scores overlapping windows of it and
             takes the best, telling which as `passage` (characters `[start, end)` of the text, title included).
-        batch_tokens (int): most padded tokens computed at once.
+        batch_tokens (int): most padded tokens computed at once; by the device if not given.
         shared_prefix (bool): compute a query's prompt once for all its documents; where it pays if not given.
         first_stage_scores (list of float, or of such lists for many queries): the retriever's scores. The order then is
             the reciprocal rank fusion of both rankings, told as `fused_score`; `score` stays the model's own.
@@ -141,7 +141,7 @@ class TextRankingPipeline(Pipeline):
         return encoded
 
     def _forward(  # type: ignore[override]
-        self, encoded, batch_tokens: int = BATCH_TOKENS, shared_prefix: bool | None = None
+        self, encoded, batch_tokens: int | None = None, shared_prefix: bool | None = None
     ) -> torch.Tensor:
         places = [(q, d) for q, query in enumerate(encoded) for d, windows in enumerate(query) for _ in windows]
         pairs = [pair for query in encoded for windows in query for pair in windows]

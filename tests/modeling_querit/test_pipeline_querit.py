@@ -194,7 +194,7 @@ def test_batch_tokens_and_shared_prefix_reach_the_engine(kind, monkeypatch):
     monkeypatch.setattr(pipeline_querit, "score_pairs", see)
     pad = tokenizer_of(kind).pad_token_id
     for options, expected in (
-        ({}, (pad, pipeline_querit.BATCH_TOKENS, None)),
+        ({}, (pad, None, None)),
         ({"batch_tokens": 64, "shared_prefix": False}, (pad, 64, False)),
     ):
         check(kind, QUERY, DOCUMENTS, ranker(QUERY, DOCUMENTS, **options))
