@@ -1,6 +1,6 @@
 """Retrieve candidates for every query with a teacher, score them, keep a spread of them as soft labels.
 
-    python -m recipes.score --config recipes/querit-nano/3_score_general.yaml
+    python -m recipes.score --config recipes/querit-nano/1_general_score.yaml
 
 The teacher is an embedding model: its cosine similarities retrieve the top_k passages and are the scores. Per query the
 scores are mapped to [0, 1] (min-max over the top_k) and mixed with the known relevance:
