@@ -1,7 +1,7 @@
 """From a trained checkpoint to the folder that is released: 16-bit weights, code, tokenizer, card.
 
 python -m hub_card.release runs/querit-nano/general hub_card/querit-reranker-nano \\
-    --results recipes/querit-nano/results/dev
+    --max-length 160 --results recipes/querit-nano/results/dev
 """
 
 import argparse
@@ -19,13 +19,22 @@ CARD = Path(__file__).parent / "querit-reranker-nano.md"
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 
 
-def release(checkpoint: Path, folder: Path, results: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+def release(
+    checkpoint: Path,
+    folder: Path,
+    results: Path | None = None,
+    max_length: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Write `folder` whole or not at all; what stood there before is replaced.
+
+    `max_length`, in tokens, becomes the tokenizer's: every engine cuts pairs there, whatever the positions allow.
 
     The card is the template beside this file with `{results}` filled from the table of `results` (recipes.evaluate).
     """
     model = QueritForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).to(dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.model_max_length = max_length or tokenizer.model_max_length
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         built = Path(scratch) / folder.name
         model.save_pretrained(built)
@@ -47,5 +56,6 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, help="output_dir of recipes.evaluate")
+    parser.add_argument("--max-length", type=int, help="longest pair in tokens; the tokenizer's own if not given")
     arguments = parser.parse_args()
-    release(arguments.checkpoint, arguments.folder, arguments.results)
+    release(arguments.checkpoint, arguments.folder, arguments.results, arguments.max_length)

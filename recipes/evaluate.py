@@ -81,7 +81,7 @@ def first_stage(folder: str, queries: dict[str, str], args: EvaluateArguments) -
         args.retriever, revision=args.revisions.get(args.retriever), model_kwargs={"dtype": dtype}
     )
     # Small batches: on a CPU they stay in its cache and run at twice the speed.
-    documents = retriever.encode_document(texts, 8, show_progress_bar=True, convert_to_tensor=True).float()
+    documents = retriever.encode_document(texts, batch_size=8, show_progress_bar=True, convert_to_tensor=True).float()
     asked = retriever.encode_query(list(queries.values()), convert_to_tensor=True).float()
     dense = (asked @ documents.T).cpu().numpy()
     # BM25 over the retriever's word pieces: words by themselves do not exist in Chinese and Japanese text.

@@ -17,7 +17,7 @@ def test_a_release_holds_16_bits_code_licence_and_a_card_with_the_table(tmp_path
     folder = tmp_path / "nano"
     folder.mkdir()
     (folder / "stale.txt").write_text("of an earlier release")
-    release(folder_of("bert"), folder, tmp_path / "results")
+    release(folder_of("bert"), folder, tmp_path / "results", max_length=32)
     assert not (folder / "stale.txt").exists()
     assert (
         "| tides | 61.5 |" in (folder / "README.md").read_text()
@@ -27,6 +27,7 @@ def test_a_release_holds_16_bits_code_licence_and_a_card_with_the_table(tmp_path
         assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert not list(folder.rglob("*.bin")) and (folder / "LICENSE").exists()
     ranker = pipeline("text-ranking", model=str(folder), dtype=torch.float32, trust_remote_code=True)
+    assert ranker.max_length == 32
     expected = [row["probability"] for row in sorted(ranker(QUERY, DOCUMENTS), key=lambda row: row["index"])]
     encoder = CrossEncoder(str(folder), model_kwargs={"dtype": torch.float32})
     assert encoder.predict([(QUERY, document) for document in DOCUMENTS]).tolist() == pytest.approx(expected, abs=2e-3)
