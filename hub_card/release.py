@@ -47,7 +47,7 @@ def release(
         card = CARD.read_text(encoding="utf-8").replace("{results}", table)
         (built / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(Path(scratch) / "replaced")  # removed with the scratch folder, once the new one stands
         built.rename(folder)
 
 
