@@ -32,7 +32,7 @@ $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[recipes,test]"
+	$(PIP) -e ".[recipes,ray,test]"
 	@touch $@ $(VENV)/demo-installed
 
 clean:

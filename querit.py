@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ app = typer.Typer(help="Multilingual rerankers on your own text.", no_args_is_he
 
 @app.callback()
 def querit() -> None:
-    """Rerank documents, convert checkpoints."""
+    """Rerank documents, adapt rerankers to your own, measure them, convert checkpoints."""
 
 
 def fail(message: str) -> typer.Exit:
@@ -156,6 +157,110 @@ def convert(
     except (OSError, ValueError) as error:
         raise fail(str(error)) from None
     typer.echo(f'{output}: load it with pipeline("text-ranking", model="{output}", trust_remote_code=True)')
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Rerankers: folders or Hub repos; REPO@COMMIT pins one.")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks or benchmarks of mteb, with commas between: SciFact,BEIR.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="BEIR folder with qrels; may be given many times.")] = None,
+    retriever: Annotated[str, typer.Option(help="First stage: folder or Hub repo.")] = "Qwen/Qwen3-Embedding-0.6B",
+    output: Annotated[Path, typer.Option(help="Folder of the results; a stopped run goes on there.")] = Path(
+        "evaluation"
+    ),
+    top_k: Annotated[int, typer.Option(min=1, help="Candidates reranked per query.")] = 100,
+    max_queries: Annotated[
+        int | None, typer.Option(min=1, help="Judge only a sample of so many queries a set.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest pair in tokens.")] = None,
+) -> None:
+    """Measure rerankers on tasks of mteb and judged folders, beside their first stage."""
+    try:
+        from recipes.evaluate import EvaluateArguments
+        from recipes.evaluate import evaluate as measure
+    except ImportError as error:
+        raise fail(f"{error}. `querit evaluate` needs the extra: pip install querit-reranker[recipes]") from None
+
+    revisions: dict[str, str] = {}
+
+    def unpinned(model: str) -> str:
+        name, at, commit = model.rpartition("@")
+        if not at or Path(model).exists():
+            return model
+        revisions[name] = commit
+        return name
+
+    paths = [unpinned(model) for model in models]
+    names = [Path(path).resolve().name for path in paths]
+    try:
+        arguments = EvaluateArguments(
+            models=dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True)),
+            output_dir=str(output),
+            data=data or [],
+            # The comma of "MTEB(Multilingual, v2)" is part of the name.
+            tasks=[name.strip() for name in re.split(r",(?![^(]*\))", tasks or "") if name.strip()],
+            retriever=unpinned(retriever),
+            revisions=revisions,
+            top_k=top_k,
+            max_queries=max_queries,
+            max_length=max_length,
+        )
+        measure(arguments)
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    typer.echo((output / "results.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def adapt(
+    documents: Annotated[Path, typer.Argument(help="JSONL, CSV, TSV, BEIR folder, or folder of text and Markdown.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new reranker; must not exist.")],
+    model: Annotated[str | None, typer.Option(help="Reranker to adapt: folder or Hub repo; Nano if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hub repo.")] = None,
+    generator: Annotated[
+        str,
+        typer.Option(
+            help="Who writes queries: crop (cut from documents), a causal LM's folder, .gguf file or Hub repo, "
+            "or URL#MODEL of an OpenAI-compatible server."
+        ),
+    ] = "crop",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Who scores candidates: sentence-transformers or Querit model; the larger, the better. "
+            "The reranker itself if not given."
+        ),
+    ] = None,
+    teacher_revision: Annotated[str | None, typer.Option(help="Commit of a teacher from the Hub.")] = None,
+    queries_per_document: Annotated[int, typer.Option(min=1, help="Most queries written for a document.")] = 3,
+    budget_minutes: Annotated[float, typer.Option(min=0, help="About how long all of it may take.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of every choice.")] = 0,
+) -> None:
+    """Adapt a reranker to your own documents, without labels, and say whether it is better."""
+    try:
+        from recipes.adapt import AdaptArguments
+        from recipes.adapt import adapt as run
+    except ImportError as error:
+        raise fail(f"{error}. `querit adapt` needs the extra: pip install querit-reranker[recipes]") from None
+
+    arguments = AdaptArguments(
+        documents=str(documents),
+        model=model or (str(RELEASED) if RELEASED.exists() else HUB_ID),
+        output=str(output),
+        revision=revision,
+        generator=generator,
+        teacher=teacher,
+        teacher_revision=teacher_revision,
+        queries_per_document=queries_per_document,
+        budget_minutes=budget_minutes,
+        seed=seed,
+    )
+    try:
+        run(arguments)
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
 
 
 if __name__ == "__main__":

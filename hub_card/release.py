@@ -20,20 +20,22 @@ LICENSE = Path(__file__).parents[1] / "LICENSE"
 
 
 def release(
-    checkpoint: Path,
+    checkpoint: str | Path,
     folder: Path,
-    results: Path | None = None,
+    card: str,
     max_length: int | None = None,
+    revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write `folder` whole or not at all; what stood there before is replaced.
 
-    `max_length`, in tokens, becomes the tokenizer's: every engine cuts pairs there, whatever the positions allow.
-
-    The card is the template beside this file with `{results}` filled from the table of `results` (recipes.evaluate).
+    `card` is the text of its README.md. `max_length`, in tokens, becomes the tokenizer's: every engine cuts pairs
+    there, whatever the positions allow. `checkpoint` is a folder, or a Hub id at `revision`.
     """
-    model = QueritForSequenceClassification.from_pretrained(checkpoint, dtype=torch.float32).to(dtype)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = QueritForSequenceClassification.from_pretrained(
+        checkpoint, revision=revision or "main", dtype=torch.float32
+    ).to(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main")
     tokenizer.model_max_length = max_length or tokenizer.model_max_length
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         built = Path(scratch) / folder.name
@@ -43,8 +45,6 @@ def release(
             built, model.head.weight, model.head.bias, model.pooling, chat_template=bool(tokenizer.chat_template)
         )
         shutil.copyfile(LICENSE, built / "LICENSE")
-        table = (results / "results.md").read_text(encoding="utf-8") if results else "Not measured.\n"
-        card = CARD.read_text(encoding="utf-8").replace("{results}", table)
         (built / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rename(Path(scratch) / "replaced")  # removed with the scratch folder, once the new one stands
@@ -58,4 +58,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, help="output_dir of recipes.evaluate")
     parser.add_argument("--max-length", type=int, help="longest pair in tokens; the tokenizer's own if not given")
     arguments = parser.parse_args()
-    release(arguments.checkpoint, arguments.folder, arguments.results, arguments.max_length)
+    table = (arguments.results / "results.md").read_text(encoding="utf-8") if arguments.results else "Not measured.\n"
+    card = CARD.read_text(encoding="utf-8").replace("{results}", table)
+    release(arguments.checkpoint, arguments.folder, card, arguments.max_length)

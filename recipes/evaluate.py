@@ -1,206 +1,252 @@
-"""Measure rerankers on judged BEIR folders: nDCG@10 beside BM25 and the retriever whose candidates they rerank.
+"""Measure rerankers with mteb, beside BM25 and the retriever whose candidates they rerank.
 
     python -m recipes.evaluate --config recipes/querit-nano/6_evaluate.yaml
 
-Writes one JSON file per data set and model, so a stopped run goes on, then `results.json` and the table `results.md`.
+Sets are tasks of mteb by name and BEIR folders on disk; those need no network. The retriever ranks the corpus, each
+reranker the retriever's `top_k` of every query; of a reranking task both rank the task's own candidates. A set has its
+task's own main score: nDCG@10 for retrieval, most often MAP for reranking tasks. Every set and model is stored under a
+name that tells what it depends on, the models' weights included, so a stopped run goes on, and a changed model is
+measured anew. Then come `results.json`, with the values of every query, and the table `results.md`.
 """
 
 import hashlib
 import json
-import random
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bm25s
+import mteb
 import numpy as np
-import pytrec_eval
 import torch
-from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
-from transformers import pipeline
+from datasets import disable_progress_bars
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.models import SearchCrossEncoderWrapper
+from transformers import AutoTokenizer
 from trl import TrlParser
 
-from modeling_querit.pipeline_querit import fuse
-from modeling_querit.scoring_querit import fastest_cpu_dtype
-from recipes.data import read_corpus, read_qrels, read_queries, read_top_ranked
+from recipes.judged_sets import METRIC, drop_unlisted, has_candidates, judged_sets, load, part_name, parts_of
+from recipes.results import BASE, mean_and_interval, table
+from recipes.shards import write_aside
+from recipes.systems import (
+    BM25,
+    GivenRuns,
+    QueritCrossEncoder,
+    Runs,
+    StrictOrder,
+    Weights,
+    check_reranker,
+    find_weights,
+    fuse_runs,
+    load_retriever,
+)
 
-METRIC = "ndcg_cut_10"
-FIRST_STAGES = ("BM25", "retriever")
+FUSED = " + first stage"
+# mteb's names of a metric -> trec_eval's.
+TREC_EVAL = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
 
 
 @dataclass
 class EvaluateArguments:
-    data: list[str] = field(metadata={"help": "BEIR folders with qrels."})
-    models: dict[str, str] = field(metadata={"help": "Name in the table -> folder or Hub id of a reranker."})
-    retriever: str = field(metadata={"help": "sentence-transformers folder or Hub id of the first stage."})
+    models: dict[str, str] = field(metadata={"help": "Name in the table -> folder or Hub repo of a reranker."})
     output_dir: str = field(metadata={"help": "Folder of the result files."})
+    data: list[str] = field(default_factory=list, metadata={"help": "BEIR folders with qrels."})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of mteb, or benchmarks: their reranking or retrieval tasks."}
+    )
+    retriever: str = field(
+        default="Qwen/Qwen3-Embedding-0.6B", metadata={"help": "First stage: sentence-transformers folder or Hub repo."}
+    )
     revisions: dict[str, str] = field(default_factory=dict, metadata={"help": "Model or retriever -> commit."})
-    split: str | None = field(default=None, metadata={"help": "Split of the qrels; the only one if not given."})
-    top_k: int = field(default=100, metadata={"help": "Candidates reranked per query."})
-    max_queries: int | None = field(default=None, metadata={"help": "Judge only a sample of this many queries a set."})
-    max_length: int = field(default=512, metadata={"help": "Longest pair in tokens."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split of the folders' qrels; the only one if not given."}
+    )
+    top_k: int = field(default=100, metadata={"help": "Candidates reranked per query, where the task lists none."})
+    max_queries: int | None = field(default=None, metadata={"help": "Judge only a sample of so many queries a set."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest pair in tokens; the model's own limit."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the rerankers, as in transformers.pipeline."})
     fused: bool = field(default=True, metadata={"help": "Also report the fusion of reranker and first stage."})
     seed: int = field(default=0, metadata={"help": "Seed of the sample of queries and of the bootstrap."})
 
 
-Run = dict[str, dict[str, float]]  # query id -> document id -> score
+def values_per_query(
+    metric: str, scores: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]], run: Mapping
+) -> dict[str, float]:
+    """Query -> value of mteb's `metric`, from trec_eval's `scores` of a run without ties."""
+    kind, k = METRIC.fullmatch(metric).groups()  # type: ignore[union-attr]
+    if kind != "mrr":  # trec_eval's has no cut
+        return {query: values[f"{TREC_EVAL[kind]}_{k}"] for query, values in scores.items()}
+    found = {}
+    for query in scores:
+        best = sorted(run[query], key=lambda document: -run[query][document])[: int(k)]
+        ranks = [rank for rank, document in enumerate(best, 1) if qrels[query].get(document, 0) > 0]
+        found[query] = 1 / ranks[0] if ranks else 0.0
+    return found
 
 
-def write_json(path: Path, value) -> None:
-    """Write aside, then rename: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    aside.rename(path)
+def measure(system: Any, task: AbsTaskRetrieval, predictions: Path | None = None) -> tuple[dict, Runs]:
+    """mteb's main score of a system, with its values {part: {query: value}}, and the runs. The data must be loaded."""
+    per_query: dict[str, dict[str, float]] = {}
+
+    def keep(scores, qrels, results, hf_split, hf_subset):
+        per_query[part_name(hf_subset, hf_split)] = values_per_query(task.metadata.main_score, scores, qrels, results)
+        return type(task).task_specific_scores(task, scores, qrels, results, hf_split, hf_subset)
+
+    ranked = StrictOrder(system)
+    task.task_specific_scores = keep  # type: ignore[method-assign]
+    try:
+        (result,) = mteb.evaluate(
+            ranked,
+            task,
+            cache=None,
+            co2_tracker=False,
+            prediction_folder=predictions,
+            # Small batches: on a CPU they stay in its cache and run at twice the speed.
+            encode_kwargs={"batch_size": 64 if torch.cuda.is_available() else 8, "show_progress_bar": True},
+        ).task_results
+    finally:
+        del task.task_specific_scores
+    score = float(result.get_score())
+    mean = float(np.mean([np.mean(list(values.values())) for values in per_query.values()]))
+    if abs(score - mean) > 1e-3:  # mteb rounds to five digits
+        raise RuntimeError(f"{task.metadata.name}: mteb's score is {score}, the mean over queries {mean}.")
+    return {"score": score, "per_query": per_query}, ranked.runs
 
 
-def ndcg_at_10(run: Run, qrels: dict[str, dict[str, int]]) -> dict[str, float]:
-    """nDCG@10 per query (pytrec_eval). Equal scores stand in an order that depends on ids alone."""
-
-    def shuffled(query: str, scores: dict[str, float]) -> dict[str, float]:
-        def key(document: str) -> tuple[float, str]:
-            return -scores[document], hashlib.sha256(f"{query}\0{document}".encode()).hexdigest()
-
-        order = sorted(scores, key=key)
-        return {document: float(len(order) - rank) for rank, document in enumerate(order)}
-
-    strict = {query: shuffled(query, scores) for query, scores in run.items()}
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {METRIC})
-    found = evaluator.evaluate(strict)
-    return {query: found.get(query, {METRIC: 0.0})[METRIC] for query in run}
-
-
-def first_stage(folder: str, queries: dict[str, str], args: EvaluateArguments) -> dict[str, Run]:
-    """The runs of BM25 and the retriever over the corpus, or over the candidates that the folder lists."""
-    corpus, listed = read_corpus(folder), read_top_ranked(folder)
-    ids, texts = list(corpus), list(corpus.values())
-    dtype = fastest_cpu_dtype() if not torch.cuda.is_available() else torch.bfloat16
-    retriever = SentenceTransformer(
-        args.retriever, revision=args.revisions.get(args.retriever), model_kwargs={"dtype": dtype}
-    )
-    # Small batches: on a CPU they stay in its cache and run at twice the speed.
-    documents = retriever.encode_document(texts, batch_size=8, show_progress_bar=True, convert_to_tensor=True).float()
-    asked = retriever.encode_query(list(queries.values()), convert_to_tensor=True).float()
-    dense = (asked @ documents.T).cpu().numpy()
-    # BM25 over the retriever's word pieces: words by themselves do not exist in Chinese and Japanese text.
-    pieces = retriever.tokenizer
-    index = bm25s.BM25()
-    index.index([pieces.tokenize(text.lower()) for text in texts], show_progress=False)
-    runs: dict[str, Run] = {name: {} for name in FIRST_STAGES}
-    for row, (query, text) in enumerate(tqdm(queries.items(), desc=f"{Path(folder).name}: first stage")):
-        sparse = index.get_scores(pieces.tokenize(text.lower()))
-        allowed = np.array([ids.index(i) for i in listed[query]]) if listed else np.arange(len(ids))
-        for name, scores in (("BM25", sparse), ("retriever", dense[row])):
-            best = allowed[np.argsort(-scores[allowed], kind="stable")[: args.top_k]]
-            runs[name][query] = {ids[i]: float(scores[i]) for i in best}
-    return runs
+def first_stage(task: AbsTaskRetrieval, encoder: Any, tokenizer: Any, folder: Path, args: EvaluateArguments) -> None:
+    """Write a folder with the retriever's run, as mteb stores it, and what BM25 and the retriever score."""
+    task = load(task, args.max_queries, args.seed)
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    parts = parts_of(task).values()
+    counts = {"queries": sum(len(p["queries"]) for p in parts), "documents": sum(len(p["corpus"]) for p in parts)}
+    systems = {"BM25": measure(BM25(tokenizer), task)[0]}
+    drop_unlisted(task)
+    systems[BASE] = measure(encoder, task, aside)[0]
+    write_aside(aside / "measured.json", json.dumps({**counts, "systems": systems}, ensure_ascii=False))
+    aside.rename(folder)
 
 
-def rerank(ranker, corpus: dict[str, str], queries: dict[str, str], candidates: Run, max_length: int) -> dict[str, Run]:
-    """The run of a reranker over the candidates, and its fusion with them."""
-    alone: Run = {}
-    fused: Run = {}
-    for query in tqdm(candidates, desc="rerank"):
-        ids = list(candidates[query])
-        texts = [corpus[i] for i in ids]
-        results = ranker(queries[query], texts, max_length=max_length, return_documents=False)
-        alone[query] = {ids[result["index"]]: result["score"] for result in results}
-        together = fuse(results, list(candidates[query].values()))
-        fused[query] = {ids[result["index"]]: result["fused_score"] for result in together}
-    return {"": alone, " + first stage": fused}
+def rerank(
+    task: AbsTaskRetrieval, ranker: QueritCrossEncoder, folder: Path, args: EvaluateArguments
+) -> dict[str, dict]:
+    """What a reranker scores on the first stage stored in `folder`, and its fusion with it."""
+    task = load(task, args.max_queries, args.seed)
+    stored = json.loads((folder / task.prediction_file_name).read_text(encoding="utf-8"))
+    if not has_candidates(task):
+        task.convert_to_reranking(folder, top_k=args.top_k)
+    drop_unlisted(task)
+    alone, runs = measure(SearchCrossEncoderWrapper(ranker), task)
+    first = {part_name(a, b): stored[a][b] for a, splits in task.dataset.items() for b in splits}
+    fused = GivenRuns({part: fuse_runs(run, first[part]) for part, run in runs.items()}, "querit/fused")
+    return {"": alone, FUSED: measure(fused, task)[0]}
+
+
+def stored_name(task: AbsTaskRetrieval, args: EvaluateArguments, *depends_on: Any) -> str:
+    sample = (args.max_queries, args.seed) if args.max_queries else None
+    key = [task.metadata.revision, list(task.eval_splits), list(task.hf_subsets), sample, *depends_on]
+    return f"{task.metadata.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+
+
+def first_stages(tasks: list[AbsTaskRetrieval], retriever: Weights, args: EvaluateArguments) -> dict[str, Path]:
+    """Task -> the folder that `first_stage` wrote, now or in an earlier run."""
+    folders = {}
+    encoder = tokenizer = None
+    for task in tasks:
+        name = f"{stored_name(task, args, retriever.fingerprint)}-first-stage"
+        folder = folders[task.metadata.name] = Path(args.output_dir) / "parts" / name
+        if not folder.exists():
+            encoder = encoder or load_retriever(retriever)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+                retriever.path, revision=retriever.revision or "main"
+            )
+            first_stage(task, encoder, tokenizer, folder, args)
+    return folders
+
+
+def reranked(
+    tasks: list[AbsTaskRetrieval],
+    weights: Weights,
+    retriever: Weights,
+    folders: dict[str, Path],
+    args: EvaluateArguments,
+) -> dict[str, dict[str, dict]]:
+    """Task -> what `rerank` found, now or in an earlier run. The model is loaded once, if at all."""
+    found = {}
+    ranker = None
+    for task in tasks:
+        name = task.metadata.name
+        settings = (args.top_k, args.max_length, args.dtype)
+        key = stored_name(task, args, retriever.fingerprint, weights.fingerprint, settings)
+        part = Path(args.output_dir) / "parts" / f"{key}.json"
+        if not part.exists():
+            ranker = ranker or QueritCrossEncoder(
+                weights.path, weights.revision, max_length=args.max_length, dtype=args.dtype
+            )
+            write_aside(part, json.dumps(rerank(task, ranker, folders[name], args), ensure_ascii=False))
+        found[name] = json.loads(part.read_text(encoding="utf-8"))
+        print(name, weights.path, {kind: round(100 * x["score"], 1) for kind, x in found[name].items()}, flush=True)
+    return found
+
+
+def of_set(tasks: list[str], measured: dict[str, dict]) -> dict:
+    """What a system scores on the tasks of a set -> on the set: the mean over its tasks, times 100."""
+    per_query = {
+        f"{task} {part}" if len(tasks) > 1 else part: {query: round(value, 5) for query, value in values.items()}
+        for task in tasks
+        for part, values in measured[task]["per_query"].items()
+    }
+    return {
+        "score": round(100 * float(np.mean([measured[task]["score"] for task in tasks])), 2),
+        "per_query": per_query,
+    }
 
 
 def evaluate(args: EvaluateArguments) -> dict:
-    out = Path(args.output_dir)
-    results: dict = {"settings": asdict(args), "sets": {}}
-    rankers: dict[str, Any] = {}
-    for folder in args.data:
-        name = Path(folder).name
-        qrels = {query: docs for query, docs in read_qrels(folder, args.split).items() if max(docs.values()) > 0}
-        all_queries = read_queries(folder)
-        chosen = sorted(set(qrels) & set(all_queries))
-        if args.max_queries and len(chosen) > args.max_queries:
-            chosen = sorted(random.Random(args.seed).sample(chosen, args.max_queries))
-        queries = {query: all_queries[query] for query in chosen}
-        # What a stored part depends on; another choice of queries is another file.
-        key = hashlib.sha256(json.dumps([chosen, args.top_k, args.retriever]).encode()).hexdigest()[:8]
-        stored = out / "parts" / f"{name}-{key}-first-stage.json"
-        if not stored.exists():
-            write_json(stored, first_stage(folder, queries, args))
-        runs = json.loads(stored.read_text(encoding="utf-8"))
-        scores = {system: ndcg_at_10(run, qrels) for system, run in runs.items()}
-        corpus = read_corpus(folder)
-        for model, path in args.models.items():
-            part = out / "parts" / f"{name}-{key}-{model}-{args.max_length}.json"
-            if not part.exists():
-                if model not in rankers:
-                    rankers[model] = pipeline(  # type: ignore[call-overload]
-                        "text-ranking",
-                        model=path,
-                        revision=args.revisions.get(path),
-                        dtype=args.dtype,
-                        trust_remote_code=True,
-                    )
-                reranked = rerank(rankers[model], corpus, queries, runs["retriever"], args.max_length)
-                write_json(part, {kind: ndcg_at_10(run, qrels) for kind, run in reranked.items()})
-            for kind, values in json.loads(part.read_text(encoding="utf-8")).items():
-                if args.fused or not kind:
-                    scores[model + kind] = values
+    """-> what `results.json` holds. Raises ValueError or OSError for sets and models that are none."""
+    if taken := {"BM25", BASE} & set(args.models):
+        raise ValueError(f"{taken.pop()} is the name of a first stage; call the model something else.")
+    disable_progress_bars()  # those of datasets
+    sets = judged_sets(args.tasks, args.data, args.split)
+    retriever = find_weights(args.retriever, args.revisions.get(args.retriever))
+    models = {name: find_weights(path, args.revisions.get(path)) for name, path in args.models.items()}
+    for weights in models.values():
+        check_reranker(weights)
+    tasks = [task for members in sets.values() for task in members]
+
+    folders = first_stages(tasks, retriever, args)
+    stored = {name: json.loads((folder / "measured.json").read_text("utf-8")) for name, folder in folders.items()}
+    systems = {system: {task: found["systems"][system] for task, found in stored.items()} for system in ("BM25", BASE)}
+    for model, weights in models.items():
+        found = reranked(tasks, weights, retriever, folders, args)
+        for kind in ("", FUSED) if args.fused else ("",):
+            systems[model + kind] = {task: kinds[kind] for task, kinds in found.items()}
+
+    results: dict[str, Any] = {
+        "settings": asdict(args),
+        "weights": {name: asdict(weights) for name, weights in {BASE: retriever, **models}.items()},
+        "mteb": version("mteb"),
+        "sets": {},
+    }
+    for name, members in sets.items():
+        names = [task.metadata.name for task in members]
+        found = {system: of_set(names, measured) for system, measured in systems.items()}
         results["sets"][name] = {
-            "queries": len(chosen),
-            "documents": len(corpus),
-            "ndcg@10": {system: round(100 * float(np.mean(list(v.values()))), 2) for system, v in scores.items()},
-            "per_query": {system: {q: round(x, 4) for q, x in v.items()} for system, v in scores.items()},
+            "metric": members[0].metadata.main_score,
+            "revisions": {task.metadata.name: task.metadata.revision for task in members},
+            "queries": sum(stored[task]["queries"] for task in names),
+            "documents": sum(stored[task]["documents"] for task in names),
+            "scores": {system: values["score"] for system, values in found.items()},
+            "per_query": {system: values["per_query"] for system, values in found.items()},
         }
-        print(name, results["sets"][name]["ndcg@10"], flush=True)
     results["mean"] = mean_and_interval(results["sets"], args.seed)
-    write_json(out / "results.json", results)
-    (out / "results.md").write_text(table(results), encoding="utf-8")
+    out = Path(args.output_dir)
+    write_aside(out / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    write_aside(out / "results.md", table(results))
     return results
-
-
-def mean_and_interval(sets: dict, seed: int, samples: int = 2000) -> dict[str, dict]:
-    """Per system the mean over sets, and over the retriever its gain with a 95% paired bootstrap interval.
-
-    Queries are drawn anew within each set (Sakai 2006), sets are not.
-    """
-    rng = np.random.default_rng(seed)
-    systems = list(next(iter(sets.values()))["per_query"])
-    base = {name: np.array(list(s["per_query"]["retriever"].values())) for name, s in sets.items()}
-    summary = {}
-    for system in systems:
-        gains = {name: np.array(list(s["per_query"][system].values())) - base[name] for name, s in sets.items()}
-        drawn = np.mean(
-            [[x[rng.integers(len(x), size=len(x))].mean() for x in gains.values()] for _ in range(samples)], axis=1
-        )
-        summary[system] = {
-            "ndcg@10": round(
-                100 * float(np.mean([np.mean(list(s["per_query"][system].values())) for s in sets.values()])), 2
-            ),
-            "gain": round(100 * float(np.mean([x.mean() for x in gains.values()])), 2),
-            "interval": [round(100 * float(x), 2) for x in np.percentile(drawn, [2.5, 97.5])],
-        }
-    return summary
-
-
-def table(results: dict) -> str:
-    systems = list(results["mean"])
-    lines = [
-        "| set | queries | " + " | ".join(systems) + " |",
-        "|---" * (len(systems) + 2) + "|",
-    ]
-    for name, entry in results["sets"].items():
-        values = " | ".join(f"{entry['ndcg@10'][system]:.1f}" for system in systems)
-        lines.append(f"| {name} | {entry['queries']} | {values} |")
-    lines.append("| **mean** | | " + " | ".join(f"**{results['mean'][s]['ndcg@10']:.1f}**" for s in systems) + " |")
-    gains = []
-    for system in systems:
-        mean = results["mean"][system]
-        gains.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(mean["gain"], *mean["interval"]))
-    lines.append("| gain over retriever (95%) | | " + " | ".join(gains) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,120 +1,140 @@
-"""Retrieve candidates for every query with a teacher, score them, keep a spread of them as soft labels.
+"""Retrieve candidates for every query, score them with teachers, keep a spread of them as soft labels.
 
     python -m recipes.score --config recipes/querit-nano/1_general_score.yaml
 
-The teacher is an embedding model: its cosine similarities retrieve the top_k passages and are the scores. Per query the
-scores are mapped to [0, 1] (min-max over the top_k) and mixed with the known relevance:
+The retriever finds the top_k passages of each query, the teachers score them. Per query each teacher's scores are
+mapped to [0, 1] (min-max), several teachers are averaged, and the known relevance is mixed in:
 
-    label = (1 - relevance_weight) * minmax(similarity) + relevance_weight * relevant
+    label = (1 - relevance_weight) * mean over teachers of minmax(score) + relevance_weight * relevant
 
 Candidates are drawn over the whole range of scores: `bins` equal intervals, filled ones visited in random order, so
-that easy and hard ones are all there (Querit's 16 bins). Folders of one target form one pool in which the same `_id` is
-the same document in another language: a twin of the positive is a positive.
+that easy and hard ones are all there (Querit's 16 bins). The folders of a target form one pool (see recipes/targets.py)
+in which a twin of the positive in another language is a positive.
+
+Queries are scored in shards (see recipes/shards.py), on one process, several or Ray. What is in the making stands in
+`<output>.work`; a run that was stopped goes on from there, to the same output.
 """
 
-import json
 import random
-from collections import Counter
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
+from transformers import AutoTokenizer
 from trl import TrlParser
 
-from recipes.data import read_corpus, read_qrels, read_queries
+from recipes.retrieval import BM25, build_index, load_index
+from recipes.shards import ENGINES, Rows, file_hash, run_shards
+from recipes.targets import Passages, Target, prepare, read_target
+from recipes.teachers import Teacher, load_teacher, mean_minmax, read_teachers
+
+SELECTIONS, LABELS = ("bins", "hardest"), ("soft", "hard")
+SCORED = pa.schema(
+    {
+        "target": pa.string(),
+        "query": pa.string(),
+        "documents": pa.list_(pa.string()),
+        "labels": pa.list_(pa.float64()),
+        "scores": pa.list_(pa.float64()),
+        "relevant": pa.list_(pa.bool_()),
+    }
+)
+# Of min-max scores, when a passage of the positive is drawn: the cosines of e5's top 100 span a quarter, so that this
+# is 0.05 of a cosine.
+POSITIVE_TEMPERATURE = 0.2
 
 
 @dataclass
 class ScoreArguments:
     output: str = field(metadata={"help": "Parquet file to write; it appears only when complete."})
     targets: dict[str, dict] = field(
-        metadata={"help": "Name -> {folders: [BEIR folder, ...], queries: int, documents: int, crops: int}."}
+        metadata={"help": "Name -> {folders, queries, documents, crops, cross_lingual, split}; see targets.Target."}
     )
-    teacher: str = field(metadata={"help": "sentence-transformers model: folder or Hub id."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Commit of a teacher from the Hub."})
+    teachers: list[dict] = field(
+        metadata={"help": "List of {model, revision, kind, url, trust_remote_code}; see teachers.Teacher."}
+    )
+    retriever: str | None = field(
+        default=None, metadata={"help": "Bi-encoder that finds candidates, or bm25; the first teacher if not given."}
+    )
+    retriever_revision: str | None = field(default=None, metadata={"help": "Commit of a retriever from the Hub."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Cuts passages, and words for bm25; the retriever's or teacher's if not given."}
+    )
     top_k: int = field(default=100, metadata={"help": "Passages retrieved per query."})
+    selection: str = field(default="bins", metadata={"help": "bins (over the range of scores) or hardest (the best)."})
     bins: int = field(default=16, metadata={"help": "Equal intervals of the label range to draw candidates from."})
+    per_bin: int = field(default=4, metadata={"help": "Most passages of one bin."})
     candidates: int = field(default=6, metadata={"help": "Passages kept per query beside the positive."})
-    relevance_weight: float = field(default=0.4, metadata={"help": "Weight of known relevance in a label."})
+    labels: str = field(default="soft", metadata={"help": "soft, or hard: 1 for the known relevant, 0 for others."})
+    relevance_weight: float = field(default=0.4, metadata={"help": "Weight of known relevance in a soft label."})
     passage_tokens: int = field(default=112, metadata={"help": "Documents are cut into passages of at most this many."})
     passages_per_document: int = field(default=3, metadata={"help": "Leading passages kept of a document."})
-    batch_size: int = field(default=64, metadata={"help": "Texts encoded at once."})
+    batch_size: int = field(default=8, metadata={"help": "Texts per model call; 8 is fastest on CPUs, more on GPUs."})
+    engine: str = field(default="local", metadata={"help": "local (processes) or ray (the cluster of RAY_ADDRESS)."})
+    workers: int = field(default=1, metadata={"help": "Processes, or Ray's actors; each holds the models."})
+    shard_size: int = field(
+        default=64, metadata={"help": "Queries between two points that a stopped run goes on from."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of every choice made here."})
+
+    def check(self) -> None:
+        for name, allowed in (("selection", SELECTIONS), ("labels", LABELS), ("engine", ENGINES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        for name in ("top_k", "bins", "per_bin", "candidates", "passage_tokens", "passages_per_document", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.relevance_weight <= 1:
+            raise ValueError(f"relevance_weight is {self.relevance_weight}; it must be in [0, 1].")
 
 
 @dataclass
-class Pool:
-    """The passages of a target and the queries that are asked of them."""
+class FirstStage:
+    """What finds the candidates, and the tokenizer that cuts the passages."""
 
-    passages: list[str] = field(default_factory=list)
-    documents: list[str] = field(default_factory=list)  # the document id of each passage
-    queries: list[str] = field(default_factory=list)
-    positives: list[set[str]] = field(default_factory=list)  # relevant document ids of each query; empty for a crop
-    excluded: list[set[str]] = field(default_factory=list)  # documents that may not be candidates
-
-
-def cut_passages(tokenizer, texts: list[str], passage_tokens: int, limit: int) -> list[list[str]]:
-    """Cut each text into at most `limit` passages of near-equal length, none over `passage_tokens` tokens."""
-    cut = []
-    encodings = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for text, offsets in zip(texts, encodings, strict=True):
-        parts = max(1, -(-len(offsets) // passage_tokens))
-        size = -(-len(offsets) // parts) if offsets else 1
-        starts = [offsets[i][0] for i in range(0, len(offsets), size)] or [0]
-        cut.append([text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)][:limit])
-    return cut
+    retriever: str
+    revision: str | None
+    trust_remote_code: bool
+    tokenizer: str
+    tokenizer_revision: str | None
 
 
-def load_pool(target: dict, tokenizer, args: ScoreArguments, rng: random.Random) -> Pool:
-    pool = Pool()
-    asked: list[tuple[str, set[str]]] = []
-    corpora = {folder: read_corpus(folder) for folder in target["folders"]}
-    ids = sorted(set().union(*corpora.values()))
-    if (limit := target.get("documents")) and len(ids) > limit:
-        ids = rng.sample(ids, limit)
-    kept = set(ids)
-    for folder, corpus in corpora.items():
-        chosen = [i for i in corpus if i in kept]
-        cut = cut_passages(tokenizer, [corpus[i] for i in chosen], args.passage_tokens, args.passages_per_document)
-        for document, parts in zip(chosen, cut, strict=True):
-            pool.passages += parts
-            pool.documents += [document] * len(parts)
-        queries = read_queries(folder)
-        seen = Counter(text.casefold() for text in queries.values())
-        for query, relevant in read_qrels(folder).items():
-            positives = {d for d, relevance in relevant.items() if relevance > 0 and d in kept}
-            # A heading that stands more than once names no section.
-            if positives and query in queries and seen[queries[query].casefold()] == 1:
-                asked.append((queries[query], positives))
-    asked.sort(key=lambda row: row[0])
-    for text, positives in rng.sample(asked, min(len(asked), target.get("queries") or len(asked))):
-        pool.queries.append(text)
-        pool.positives.append(positives)
-        pool.excluded.append(set())
-    for _ in range(target.get("crops", 0)):
-        source = rng.randrange(len(pool.passages))
-        text = pool.passages[source]
-        length = rng.randint(min(20, len(text)), max(20, min(len(text) // 2, 240)))
-        start = rng.randint(0, max(0, len(text) - length))
-        start = text.rfind(" ", 0, start + 1) + 1 if " " in text[:start] else start
-        pool.queries.append(text[start : start + length].strip())
-        pool.positives.append(set())
-        pool.excluded.append({pool.documents[source]})
-    return pool
+def first_stage(args: ScoreArguments, teachers: list[Teacher]) -> FirstStage:
+    if args.retriever is None and teachers[0].kind != "bi-encoder":
+        raise ValueError(f"The first teacher is a {teachers[0].kind}: give retriever, a bi-encoder or bm25.")
+    retriever = args.retriever or teachers[0].model
+    tokenizer = args.tokenizer or (retriever if retriever != BM25 else teachers[0].model)
+    if args.tokenizer is None and retriever == BM25 and teachers[0].url:
+        raise ValueError("retriever is bm25 and the teacher is on a server: give tokenizer, a folder or Hub id.")
+    same = next((teacher for teacher in teachers if teacher.model == retriever), None)
+    revisions = {teacher.model: teacher.revision for teacher in teachers}
+    revisions[retriever] = args.retriever_revision or revisions.get(retriever)
+    return FirstStage(
+        retriever=retriever,
+        revision=revisions[retriever],
+        trust_remote_code=same is not None and same.trust_remote_code,
+        tokenizer=tokenizer,
+        tokenizer_revision=revisions.get(tokenizer),
+    )
 
 
-def draw(labels: np.ndarray, count: int, bins: int, rng: random.Random) -> list[int]:
-    """Draw `count` indices of `labels` (in [0, 1]) spread over equal bins: each filled bin once, then again."""
+def draw(labels: np.ndarray, count: int, bins: int, per_bin: int, rng: random.Random) -> list[int]:
+    """Draw `count` indices of `labels` (in [0, 1]) spread over equal bins: each filled bin once, then again.
+
+    At most `per_bin` of one bin, so there may be fewer.
+    """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         members.setdefault(min(int(label * bins), bins - 1), []).append(index)
-    for indices in members.values():
-        rng.shuffle(indices)
+    for key, indices in members.items():
+        members[key] = rng.sample(indices, min(per_bin, len(indices)))
     drawn: list[int] = []
     while members and len(drawn) < count:
         for key in rng.sample(sorted(members), len(members)):
@@ -126,75 +146,125 @@ def draw(labels: np.ndarray, count: int, bins: int, rng: random.Random) -> list[
     return drawn
 
 
-def score_pool(name: str, pool: Pool, teacher: SentenceTransformer, args: ScoreArguments, rng: random.Random):
-    encode: dict[str, Any] = {"batch_size": args.batch_size, "convert_to_tensor": True, "show_progress_bar": True}
-    passages = teacher.encode_document(pool.passages, **encode).float()
-    queries = teacher.encode_query(pool.queries, **encode).float()
-    rows: dict[str, list[int]] = {}
-    for index, document in enumerate(pool.documents):
-        rows.setdefault(document, []).append(index)
-    for q in tqdm(range(len(pool.queries)), desc=f"{name}: candidates"):
-        similarity = passages @ queries[q]
-        positive_rows = [row for document in sorted(pool.positives[q]) for row in rows[document]]
-        hidden = [row for document in pool.excluded[q] for row in rows[document]]
-        # The passage of a positive that answers is not marked; of each language's twin the nearest one stands for it.
-        positive = None
-        if positive_rows:
-            weights = torch.softmax(similarity[positive_rows] / 0.05, 0).tolist()
-            positive = rng.choices(positive_rows, weights)[0]
-        similarity[positive_rows + hidden] = -2
-        top = torch.topk(similarity, min(args.top_k, len(similarity) - len(positive_rows) - len(hidden)))
-        indices, scores = top.indices.tolist(), top.values.numpy()
-        if positive is not None:
-            indices = [positive, *indices]
-            scores = np.concatenate([[float(passages[positive] @ queries[q])], scores])
-        if len(indices) < 2:
-            continue
-        span = scores.max() - scores.min()
-        minmax = (scores - scores.min()) / (span if span > 0 else 1)
-        labels = (1 - args.relevance_weight) * minmax
-        first = 0
-        if positive is not None:
-            labels[0] += args.relevance_weight
-            first = 1
-        picked = list(range(first)) + [first + i for i in draw(minmax[first:], args.candidates, args.bins, rng)]
-        yield {
-            "target": name,
-            "query": pool.queries[q],
-            "documents": [pool.passages[indices[i]] for i in picked],
+class Scorer:
+    """The worker of `run_shards`: queries of a target in, rows of SCORED out."""
+
+    def __init__(
+        self, name: str, folder: Path, teachers: list[Teacher], indexes: list[Path | None], args: ScoreArguments
+    ):
+        self.name, self.args = name, args
+        self.passages, self.index = Passages(folder / "passages.arrow"), load_index(folder / "index")
+        self.teachers = [
+            load_teacher(teacher, index, args.batch_size) for teacher, index in zip(teachers, indexes, strict=True)
+        ]
+
+    def __call__(self, items: Rows) -> Rows:
+        queries = [item["query"] for item in items]
+        hidden = [set(item["hidden"]) for item in items]
+        _, found = self.index.search(queries, self.args.top_k + max(map(len, hidden)))
+        candidates = [
+            [row for row in rows if row not in skipped][: self.args.top_k]
+            for rows, skipped in zip(found.tolist(), hidden, strict=True)
+        ]
+        asked = [[*item["answers"], *rows] for item, rows in zip(items, candidates, strict=True)]
+        scored = [teacher(queries, asked, self.passages) for teacher in self.teachers]
+        rows = (self.row(item, asked[q], np.stack([scores[q] for scores in scored])) for q, item in enumerate(items))
+        return [row for row in rows if row is not None]
+
+    def row(self, item: dict, passages: list[int], scores: np.ndarray) -> dict | None:
+        """Choose among the `passages` of a query, answers first, with `scores` `(teachers, passages)`.
+
+        -> a row of SCORED, its positive first, or None where nothing could be learnt.
+        """
+        args, answers = self.args, len(item["answers"])
+        rng = random.Random(f"{args.seed} {self.name} {item['id']} {item['query']}")
+        kept = list(range(answers, len(passages)))
+        if answers:
+            # Which passage of a positive answers is not marked: the nearest one, of all its twins', mostly.
+            weights = np.exp(mean_minmax(scores)[:answers] / POSITIVE_TEMPERATURE)
+            kept = [rng.choices(range(answers), weights.tolist())[0], *kept]
+        if len(kept) < 2 or (args.labels == "hard" and not answers):
+            return None
+        scores = scores[:, kept]
+        evidence = mean_minmax(scores)
+        first = 1 if answers else 0
+        if args.selection == "bins":
+            chosen = draw(evidence[first:], args.candidates, args.bins, args.per_bin, rng)
+        else:
+            chosen = np.argsort(-evidence[first:], kind="stable")[: args.candidates].tolist()
+        picked = list(range(first)) + [first + index for index in chosen]
+        relevant = np.array([bool(answers) and index == 0 for index in range(len(kept))])
+        labels = (1 - args.relevance_weight) * evidence + args.relevance_weight * relevant
+        if args.labels == "hard":
+            labels = relevant.astype(float)
+        shown = scores[0] if len(scores) == 1 else evidence
+        return {
+            "target": self.name,
+            "query": item["query"],
+            "documents": [self.passages.text(passages[kept[i]]) for i in picked],
             "labels": [round(float(labels[i]), 4) for i in picked],
-            "scores": [round(float(scores[i]), 4) for i in picked],
-            "relevant": [bool(positive is not None and i == 0) for i in picked],
+            "scores": [round(float(shown[i]), 4) for i in picked],
+            "relevant": [bool(relevant[i]) for i in picked],
         }
 
 
+def score_target(name: str, target: Target, folder: Path, teachers: list[Teacher], args: ScoreArguments) -> Path:
+    """Everything from a target's folders to its scored queries. -> the folder of the finished shards."""
+    folder, first = folder.resolve(), first_stage(args, teachers)
+    tokenizer = AutoTokenizer.from_pretrained(first.tokenizer, revision=first.tokenizer_revision or "main")
+    cut = (args.passage_tokens, args.passages_per_document)
+    prepare(name, target, tokenizer, folder, *cut, args.seed, args.shard_size)
+    passages = Passages(folder / "passages.arrow")
+    options: dict[str, Any] = {"engine": args.engine, "workers": args.workers, "batch_size": args.batch_size}
+    known: dict[str, Any] = {"revision": first.revision, "trust_remote_code": first.trust_remote_code}
+    if first.retriever == BM25:
+        known = {"revision": first.tokenizer_revision, "tokenizer": first.tokenizer}
+    build_index(passages.column("text"), first.retriever, folder / "index", **known, **options)
+    indexes: list[Path | None] = []
+    for number, teacher in enumerate(teachers):
+        index = folder / "index" if teacher.kind == "bi-encoder" else None
+        if index and (teacher.model, teacher.revision) != (first.retriever, first.revision):
+            index = folder / f"teacher-{number}"
+            own: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+            build_index(passages.column("text"), teacher.model, index, **own, **options)
+        indexes.append(index)
+    free = ("output", "targets", "teachers", "retriever", "engine", "workers")  # told by what follows, or of no weight
+    settings = {key: value for key, value in asdict(args).items() if key not in free}
+    settings |= {"teachers": [teacher.key() for teacher in teachers], "passages": file_hash(folder / "passages.arrow")}
+    settings |= {"indexes": [file_hash(index / "index.json") for index in (folder / "index", *indexes) if index]}
+    make_worker = partial(Scorer, name, folder, teachers, indexes, args)
+    items, scored = folder / "queries.parquet", folder / "scored"
+    run_shards(make_worker, items, scored, SCORED, settings, args.engine, args.workers, description=f"{name}: queries")
+    return scored
+
+
+def gather(scored: list[Path], cache: Path, seed: int, output: Path) -> None:
+    """Mix the rows of all shards into one Parquet file; they are mapped from disk, not held in memory."""
+    shards = [path for folder in scored for path in sorted(folder.glob("shard-*.parquet"))]
+    files = [str(path) for path in shards if pq.read_metadata(path).num_rows]
+    if not files:
+        raise ValueError("No query has candidates: the folders need judged queries, or the targets `crops`.")
+    shutil.rmtree(cache, ignore_errors=True)  # half of one, if a run was killed here
+    rows = Dataset.from_parquet(files, cache_dir=str(cache)).shuffle(seed=seed, keep_in_memory=True)
+    aside = output.with_name(output.name + ".writing")
+    rows.to_parquet(str(aside))
+    aside.replace(output)
+    pairs = pc.sum(pc.list_value_length(pq.read_table(output, columns=["labels"])["labels"]))
+    print(f"{output}: {len(rows):,} queries, {pairs.as_py():,} pairs")
+
+
 def main(args: ScoreArguments) -> None:
-    out = Path(args.output)
-    if out.exists():
-        print(f"{out} is there already; delete it to make it again.")
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    dtype = torch.bfloat16 if torch.cuda.is_available() or torch.backends.mkldnn.is_available() else torch.float32
-    teacher = SentenceTransformer(args.teacher, revision=args.teacher_revision, model_kwargs={"dtype": dtype})
-    rows: list[dict] = []
-    for name, target in args.targets.items():
-        rng = random.Random(f"{args.seed} {name}")
-        pool = load_pool(target, teacher.tokenizer, args, rng)
-        print(f"{name}: {len(pool.passages):,} passages, {len(pool.queries):,} queries", flush=True)
-        part = out.with_suffix(f".{name}.jsonl")
-        if not part.exists():  # a killed run goes on with the next target
-            scored = list(score_pool(name, pool, teacher, args, rng))
-            aside = part.with_suffix(".writing")
-            aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored), encoding="utf-8")
-            aside.rename(part)
-        rows += [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-    random.Random(args.seed).shuffle(rows)
-    aside = out.with_suffix(".writing")
-    Dataset.from_list(rows).to_parquet(str(aside))
-    aside.rename(out)
-    for name in args.targets:
-        out.with_suffix(f".{name}.jsonl").unlink()
-    print(f"{out}: {len(rows):,} queries, {sum(len(row['documents']) for row in rows):,} pairs")
+    args.check()
+    targets = {name: read_target(name, settings) for name, settings in args.targets.items()}
+    output = Path(args.output)
+    work = output.with_name(output.name + ".work")
+    if output.exists():
+        print(f"{output} is there already; delete it to make it again.")
+    else:
+        teachers = read_teachers(args.teachers)
+        scored = [score_target(name, target, work / name, teachers, args) for name, target in targets.items()]
+        gather(scored, work / "cache", args.seed, output)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Every key of the YAML is a field of `ScriptArguments` below or of TRL's `RewardC
 from its last checkpoint. Several GPUs: `accelerate launch -m recipes.train --config ...`.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from datasets import Dataset, load_dataset
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig, RewardTrainer, TrlParser
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
@@ -146,6 +146,18 @@ def load_model(script: ScriptArguments, dtype: torch.dtype) -> QueritForSequence
     return QueritForSequenceClassification.from_backbone(script.model_name_or_path, pooling=script.pooling, **options)
 
 
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last in it."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for folder in reversed(folders):
+        try:
+            json.loads((folder / "trainer_state.json").read_bytes())
+            return str(folder)
+        except (FileNotFoundError, json.JSONDecodeError):
+            print(f"{folder} is not whole: the run was stopped while it was written")
+    return None
+
+
 def main(script: ScriptArguments, args: RewardConfig) -> None:
     if script.loss not in ("margin", "kl"):
         raise ValueError(f"loss is {script.loss!r}; it must be margin or kl.")
@@ -168,8 +180,7 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
         data_collator=GroupCollator(tokenizer.pad_token_id or 0),
     )
     output_dir = str(args.output_dir)
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))
     trainer.save_model(output_dir)
     trainer.save_state()
 

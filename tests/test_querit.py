@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import querit
-from tests.models_for_tests import folder_of
+from tests.models_for_tests import folder_of, save_folder, tiny_model
+from tests.recipes.folders_for_tests import small_set, tiny_retriever
 
 DOCUMENTS = ["The tide rises twice a day.", "Feed the starter with flour.", "Una batería dura más si no se calienta."]
 
@@ -136,6 +137,59 @@ def test_missing_files_folders_models_and_empty_queries_are_named(tmp_path, mode
     (tmp_path / "latin.txt").write_bytes("Zugvögel".encode("latin-1"))
     result = invoke("rank", "tide", tmp_path / "latin.txt", "--model", model)
     assert result.exit_code == 1 and "UTF-8" in result.output
+
+
+def test_evaluate_measures_folders_by_name_and_passes_options_on(tmp_path, model):
+    data, retriever = small_set(tmp_path / "care"), tiny_retriever(tmp_path / "retriever")
+    other = save_folder(tmp_path / "other", "bert", tiny_model("bert", seed=1))
+    options = ["--retriever", retriever, "--output", tmp_path / "out", "--top-k", 4, "--max-length", 32]
+    result = invoke("evaluate", model, other, "--data", data, "--data", small_set(tmp_path / "more"), *options)
+    assert result.exit_code == 0, result.output
+    for row in (
+        "| set | score | queries | BM25 | retriever | bert | bert + first stage | other |",
+        "| care |",
+        "| more |",
+    ):
+        assert row in result.stdout
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert (settings["top_k"], settings["max_length"], settings["max_queries"]) == (4, 32, None)
+
+
+def test_evaluate_says_what_is_no_set_and_no_reranker(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def error(*args):
+        result = invoke("evaluate", *args, "--output", tmp_path / "out")
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        return " ".join(result.output.split())
+
+    assert "Nothing to measure on" in error(model)
+    # The comma within a benchmark's name parts no names.
+    assert "no task or benchmark 'MTEB(Multilingual, v0)'. Near it: MTEB(" in error(
+        model, "--tasks", "SciFact,MTEB(Multilingual, v0)"
+    )
+    data = small_set(tmp_path / "care")
+    assert "is no folder here" in error(tmp_path / "no-model", "--data", data, "--retriever", model)
+    retriever = tiny_retriever(tmp_path / "dense")
+    assert "is no Querit reranker" in error(retriever, "--data", data, "--retriever", retriever)
+    (data / "qrels" / "test.tsv").unlink()
+    assert "care/qrels has []" in error(model, "--data", data, "--retriever", retriever)
+
+
+def test_evaluate_takes_commits_of_repos(tmp_path, monkeypatch):
+    import recipes.evaluate
+
+    seen = []
+    monkeypatch.setattr(recipes.evaluate, "evaluate", lambda args: seen.append(args))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.md").write_text("| table |")
+    commit, folder = "a" * 40, tmp_path / "name@home"
+    folder.mkdir()
+    options = ["--tasks", "SciFact, BEIR", "--retriever", f"org/dense@{'b' * 40}", "--output", tmp_path / "out"]
+    assert invoke("evaluate", f"org/reranker@{commit}", folder, *options).exit_code == 0
+    assert seen[0].models == {"reranker": "org/reranker", "name@home": str(folder)}
+    assert seen[0].revisions == {"org/reranker": commit, "org/dense": "b" * 40}
+    assert seen[0].tasks == ["SciFact", "BEIR"] and seen[0].retriever == "org/dense"
 
 
 def test_help_imports_no_torch():

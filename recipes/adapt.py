@@ -1,0 +1,291 @@
+"""From documents without labels to a reranker that is better on them, or to the word that it is not: `querit adapt`.
+
+    querit adapt handbook/ --model hub_card/querit-reranker-nano --output my-reranker
+
+Runs the recipe's stages on one's own documents: queries are written (recipes.mine), candidates scored by the
+teacher (recipes.score), the model trained on the soft labels (recipes.train) and merged with what it was before
+(recipes.merge). Queries of documents held aside judge before against after (recipes.evaluate). All in the making
+stands in `<output>.work`; a run that was stopped goes on there.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from trl import RewardConfig
+
+from hub_card.release import release
+from modeling_querit.modeling_querit import QueritForSequenceClassification
+from modeling_querit.prompting_querit import PromptEncoder
+from modeling_querit.scoring_querit import fastest_cpu_dtype, score_pairs
+from recipes import mine, score, train
+from recipes.documents import joined, read_documents
+from recipes.evaluate import EvaluateArguments, evaluate
+from recipes.merge import MergeArguments
+from recipes.merge import main as merge
+from recipes.results import interval_of_mean
+from recipes.retrieval import BM25
+from recipes.shards import write_aside
+from recipes.teachers import kind_of
+
+CANDIDATES = 7  # passages of a training group, the positive among them
+TOP_K = 50  # candidates that the teacher scores
+JUDGED = 100  # most queries that judge
+FEWEST = 50  # training queries under which an adaptation is not tried
+TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
+SPARE = 0.7  # share of the budget that is planned: starting, writing queries and merging take the rest
+
+
+@dataclass
+class AdaptArguments:
+    documents: str = field(metadata={"help": "BEIR folder, .jsonl(.gz), .csv, .tsv, or folder of .txt and .md files."})
+    model: str = field(metadata={"help": "The Querit reranker to adapt: folder or Hub id."})
+    output: str = field(metadata={"help": "Folder to write; it appears only when complete."})
+    revision: str | None = field(default=None, metadata={"help": "Commit of a model from the Hub."})
+    generator: str = field(
+        default="crop", metadata={"help": "crop, a causal LM (folder, .gguf file or Hub id), or URL#MODEL of a server."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Bi-encoder, cross-encoder or Querit model; the model itself if not given."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Commit of a teacher from the Hub."})
+    queries_per_document: int = field(default=3, metadata={"help": "Most queries written for a document."})
+    budget_minutes: float = field(default=30.0, metadata={"help": "About how long all of it may take."})
+    seed: int = field(default=0, metadata={"help": "Seed of every choice."})
+
+
+def generator_entry(generator: str) -> dict[str, Any]:
+    """The entry of recipes.mine's `generators` that the option --generator stands for."""
+    if generator == "crop":
+        return {"kind": "crop"}
+    if generator.startswith(("http://", "https://")):
+        url, _, model = generator.partition("#")
+        if not model:
+            raise ValueError(f"The generator {generator} names no model; write it as {url}#MODEL.")
+        return {"kind": "openai", "base_url": url, "model": model}
+    if generator.endswith(".gguf"):
+        file = Path(generator)
+        return {"kind": "local", "model": str(file.parent), "gguf_file": file.name}
+    return {"kind": "local", "model": generator}
+
+
+def seconds_per_pair(args: AdaptArguments, texts: list[str]) -> float:
+    """How long the model takes to score one pair of these documents here, without the first batch, which is slower."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else fastest_cpu_dtype()
+    model = QueritForSequenceClassification.from_pretrained(
+        args.model, revision=args.revision or "main", dtype=dtype
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    encoder = PromptEncoder(tokenizer, min(tokenizer.model_max_length, 512))
+    pairs = encoder.encode(texts[0][:60], texts)
+    score_pairs(model, pairs, tokenizer.pad_token_id)
+    start = time.perf_counter()
+    score_pairs(model, pairs, tokenizer.pad_token_id)
+    return (time.perf_counter() - start) / len(pairs)
+
+
+def affordable_queries(budget_minutes: float, seconds: float, reads_candidates: bool) -> int:
+    """How many training queries fit: the teacher's reading, training, and the judging of three models beside them."""
+    planned = SPARE * 60 * budget_minutes - 3 * JUDGED * TOP_K * seconds
+    return int(planned / (seconds * ((TOP_K if reads_candidates else 0) + CANDIDATES * TRAINING_COST)))
+
+
+def training_config(args: AdaptArguments, folder: Path, max_length: int) -> RewardConfig:
+    cuda = torch.cuda.is_available()
+    return RewardConfig(
+        output_dir=str(folder),
+        max_length=max_length,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        num_train_epochs=1,
+        learning_rate=3e-5,
+        lr_scheduler_type="linear",
+        warmup_steps=10,
+        weight_decay=0.01,
+        bf16=cuda or fastest_cpu_dtype() == torch.bfloat16,
+        use_cpu=not cuda,
+        gradient_checkpointing=cuda,  # a 4B model would not fit without; on a CPU memory is not what is scarce
+        train_sampling_strategy="group_by_length",
+        logging_steps=10,
+        save_steps=50,
+        save_total_limit=2,
+        report_to="none",
+        seed=args.seed,
+    )
+
+
+def judge(results: dict, seed: int) -> dict[str, Any]:
+    """Merged against general on the queries held aside, in points of nDCG@10, with a paired 95% bootstrap interval."""
+    (entry,) = results["sets"].values()
+    (before,), (after,) = (entry["per_query"][name].values() for name in ("general", "merged"))
+    gains = np.array([after[query] - before[query] for query in before])
+    low, high = interval_of_mean([gains], [1.0], seed)
+    return {
+        "queries": len(gains),
+        "ndcg@10": entry["scores"],
+        "gain": round(100 * float(gains.mean()), 2),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+        "better": low > 0,
+    }
+
+
+def in_words(verdict: dict, output: str) -> str:
+    points = verdict["ndcg@10"]
+    low, high = verdict["interval"]
+    facts = (
+        f"On {verdict['queries']} queries of documents held aside, nDCG@10 is {points['merged']:.1f} after adaptation "
+        f"and {points['general']:.1f} before ({verdict['gain']:+.1f}; 95% interval {low:+.1f} to {high:+.1f}). "
+        f"The first stage by itself has {points['retriever']:.1f}."
+    )
+    if verdict["better"]:
+        return f"Better. {facts} {output} holds the adapted model."
+    worse = "Worse" if high < 0 else "No clear gain"
+    return f"{worse}. {facts} {output} holds the model as it was."
+
+
+def card(args: AdaptArguments, counts: dict[str, Any], words: str, table: str) -> str:
+    return f"""---
+library_name: transformers
+pipeline_tag: text-ranking
+tags: [reranker, cross-encoder, custom_code, sentence-transformers]
+---
+
+# {Path(args.output).name}
+
+Made from {args.model} by `querit adapt` on {counts["documents"]:,} documents without labels:
+{counts["queries"]:,} queries written by `{args.generator}`, candidates scored by {args.teacher or "the model itself"}.
+
+{words} The queries that judged were written in the same way as those of the training; people's own may be different.
+
+{table}
+"""
+
+
+def adapt(args: AdaptArguments) -> dict[str, Any]:
+    """Write the better of the adapted and the given model to `args.output`. -> the verdict of `adaptation.json`.
+
+    Raises ValueError for documents, models and budgets that cannot be used, FileExistsError if the output is there.
+    """
+    out, work = Path(args.output), Path(f"{args.output}.work")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name another output, or move it away.")
+    texts = []
+    for document in read_documents(args.documents):
+        texts.append(joined(document))
+        if len(texts) == 16:
+            break
+    if len(texts) < 16:
+        raise ValueError(f"{args.documents} has {len(texts)} documents; an adaptation needs some hundreds.")
+    generator = generator_entry(args.generator)
+    teacher = {"model": args.teacher or args.model}
+    if revision := args.teacher_revision if args.teacher else args.revision:
+        teacher["revision"] = revision
+    bi_encoder = kind_of(teacher["model"], revision) == "bi-encoder"
+    first_stage = args.teacher if bi_encoder and args.teacher else BM25
+
+    # What is asked for is fixed once: a run that goes on must not measure another speed and ask other documents.
+    plan_file = work / "plan.json"
+    request = asdict(args)
+    if not plan_file.exists():
+        seconds = seconds_per_pair(args, texts)
+        queries = affordable_queries(args.budget_minutes, seconds, reads_candidates=not bi_encoder)
+        if queries < FEWEST:
+            needed = (
+                args.budget_minutes / max(queries, 1) * FEWEST if queries > 0 else 5 * JUDGED * TOP_K * seconds / 60
+            )
+            raise ValueError(
+                f"{args.budget_minutes:g} minutes are too few: a pair takes {1000 * seconds:.1f} ms here. "
+                f"Give --budget-minutes {math.ceil(max(needed, args.budget_minutes + 1))}."
+            )
+        write_aside(plan_file, json.dumps({"request": request, "queries": queries}, indent=1) + "\n")
+    plan = json.loads(plan_file.read_text(encoding="utf-8"))
+    if plan["request"] != request:
+        raise ValueError(f"{work} belongs to another request: {plan['request']}. Remove it, or name another output.")
+
+    mined = work / "mined"
+    if not mined.exists():
+        mine.main(
+            mine.MineArguments(
+                documents=args.documents,
+                output_dir=str(mined),
+                generators=[generator],
+                # A fifth is held aside, and filters leave out about half.
+                sample=math.ceil(2.5 * plan["queries"] / args.queries_per_document),
+                queries_per_document=args.queries_per_document,
+                held_aside=0.2,
+                retriever=first_stage,
+                retriever_revision=args.teacher_revision if first_stage != BM25 else args.revision,
+                retriever_tokenizer=args.model if first_stage == BM25 else None,
+                seed=args.seed,
+            )
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    max_length = min(tokenizer.model_max_length, 512)
+    scored = work / "scored.parquet"
+    if not scored.exists():
+        score.main(
+            score.ScoreArguments(
+                output=str(scored),
+                targets={"documents": {"folders": [str(mined)], "split": "train", "queries": plan["queries"]}},
+                teachers=[teacher],
+                retriever=first_stage,
+                retriever_revision=args.teacher_revision if first_stage != BM25 else None,
+                tokenizer=args.model,
+                top_k=TOP_K,
+                candidates=CANDIDATES - 1,
+                passage_tokens=max_length - 48,
+                seed=args.seed,
+            )
+        )
+    adapted, merged = work / "adapted", work / "merged"
+    if not (adapted / "trainer_state.json").exists():
+        script = train.ScriptArguments(
+            model_name_or_path=args.model,
+            model_revision=args.revision,
+            train_data=str(scored),
+            loss="kl",
+            attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
+            freeze=["embed"],
+        )
+        train.main(script, training_config(args, adapted, max_length))
+    if not merged.exists():
+        revisions = {args.model: args.revision} if args.revision else {}
+        merge(MergeArguments(models=[args.model, str(adapted)], output_dir=str(merged), revisions=revisions))
+    results = evaluate(
+        EvaluateArguments(
+            models={"general": args.model, "adapted": str(adapted), "merged": str(merged)},
+            output_dir=str(work / "evaluation"),
+            data=[str(mined)],
+            split="test",
+            retriever=first_stage,
+            revisions={
+                m: r for m, r in ((args.model, args.revision), (args.teacher, args.teacher_revision)) if m and r
+            },
+            top_k=TOP_K,
+            max_queries=JUDGED,
+            max_length=max_length,
+            fused=False,
+            seed=args.seed,
+        )
+    )
+    verdict = judge(results, args.seed)
+    words = in_words(verdict, args.output)
+    counts = json.loads((mined / "mine.json").read_text(encoding="utf-8"))
+    table = (work / "evaluation" / "results.md").read_text(encoding="utf-8")
+    readme = card(args, {"documents": counts["documents"], "queries": sum(counts["queries"].values())}, words, table)
+    built = work / "built"
+    chosen = str(merged) if verdict["better"] else args.model
+    revision = None if verdict["better"] else args.revision
+    release(chosen, built, readme, max_length=tokenizer.model_max_length, revision=revision)
+    write_aside(built / "adaptation.json", json.dumps({"request": request, "verdict": verdict}, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    built.rename(out)
+    print(words)
+    return verdict

@@ -1,0 +1,119 @@
+"""What an output was made from: its stage's config, code and inputs, kept beside it in `<output>.run.json`.
+
+A record says `started` while its stage runs and `done` once the output is whole, with the output's own hash.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable
+from modulefinder import ModuleFinder
+from pathlib import Path
+from typing import Any
+
+from recipes.shards import file_hash, write_aside
+
+ROOT = Path(__file__).parents[1]
+# Files that a module reads by itself, without being told by a config.
+CODE_DATA = {
+    "recipes/backbone.py": "modeling_querit/chat_template.jinja",
+    "recipes/generators.py": "recipes/prompts/*.txt",
+}
+
+
+def record_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.run.json")
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    path = record_path(output)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_record(output: Path, record: dict[str, Any]) -> None:
+    write_aside(record_path(output), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or of a folder's names, sizes and files.
+
+    A trainer's checkpoints do not count: they may be deleted once training is over.
+    """
+    path = Path(path)
+    if path.is_file():
+        return file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith("checkpoint-") or part == "__pycache__" for part in name.parts):
+            digest.update(f"{name.as_posix()}\0{file.stat().st_size}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_hashes(script: Path) -> dict[str, str]:
+    """Project file -> hash, for a script, the project modules that it imports and the prompts that they read.
+
+    Modules are hashed as parsed: comments and layout do not count.
+    """
+    finder = ModuleFinder(path=[str(ROOT)])  # what lies elsewhere, as installed libraries, is not followed
+    finder.run_script(str(script))
+    hashes = {}
+    files = {getattr(module, "__file__", None) for module in finder.modules.values()}
+    for file in sorted(Path(file) for file in files if file):
+        name = file.relative_to(ROOT).as_posix()
+        text = ast.unparse(ast.parse(file.read_text(encoding="utf-8")))
+        hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+        if name in CODE_DATA:
+            hashes |= {
+                read.relative_to(ROOT).as_posix(): file_hash(read) for read in sorted(ROOT.glob(CODE_DATA[name]))
+            }
+    return hashes
+
+
+def fingerprint(config: dict, script: Path, inputs: Iterable[str]) -> dict[str, dict]:
+    """All that an output depends on: equal fingerprints, equal outputs. Inputs that are not there are left out."""
+    return {
+        "config": json.loads(json.dumps(config)),
+        "inputs": {path: content_hash(path) for path in inputs if Path(path).exists()},
+        "code": code_hashes(script),
+    }
+
+
+def difference(old: dict, new: dict) -> str | None:
+    """The first part in which two fingerprints differ, in words, or None."""
+    for part, word in (("config", "config"), ("inputs", "input"), ("code", "code")):
+        keys = [
+            key
+            for key in {**old[part], **new[part]}
+            # As text: the order of a list's or a mapping's entries may matter to a stage.
+            if json.dumps(old[part].get(key)) != json.dumps(new[part].get(key))
+        ]
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            return f"{word} changed: {', '.join(keys[:3])}{more}"
+    return None
+
+
+def move_aside(output: Path, others: Iterable[Path]) -> Path | None:
+    """Move an output, its record and its unfinished pieces into `old/<name>-<n>` beside it. -> that folder.
+
+    Pieces are the files named `<output>.*`; `others` are the other stages' outputs, which may be named so too
+    (general.parquet is no piece of general). None if there was nothing to move.
+    """
+    names = {other.name for other in others if other.parent == output.parent and other != output}
+
+    def is_piece(path: Path) -> bool:
+        longer = [name for name in names if len(name) > len(output.name) and path.name.startswith(name)]
+        return path.name.startswith(f"{output.name}.") and not longer
+
+    pieces = [path for path in [output, *sorted(output.parent.glob(f"{output.name}.*"))] if path.exists()]
+    pieces = [path for path in pieces if path == output or is_piece(path)]
+    if not pieces:
+        return None
+    number = 1
+    while (aside := output.parent / "old" / f"{output.name}-{number}").exists():
+        number += 1
+    aside.mkdir(parents=True)
+    for piece in pieces:
+        piece.rename(aside / piece.name)
+    return aside

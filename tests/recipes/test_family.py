@@ -1,0 +1,246 @@
+"""Every stage of the three members' recipes, with the files and keys that stand in `recipes/`, at tiny size."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import pipeline
+
+from recipes.records import read_record
+from recipes.run import launch_here, plan, run
+from recipes.stages import Stage, read_stages
+from tests.models_for_tests import SCRATCH
+from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_retriever
+from tests.recipes.test_backbone import plain_backbone
+from tests.recipes.test_generators import Server
+
+ROOT = Path(__file__).parents[2]
+# Keys that say how much; all others are the recipe's own.
+SIZES: dict[str, dict[str, Any]] = {
+    "train": {
+        "use_cpu": True, "torch_compile": False, "max_length": 128, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1, "learning_rate": 1.0e-3, "warmup_steps": 1, "save_steps": 3, "max_groups": 12,
+        "disable_tqdm": True,
+    },
+    "mine": {"sample": 12, "retriever_batch_size": 8, "shard_size": 8},
+    "score": {"top_k": 10, "candidates": 3, "passage_tokens": 32, "batch_size": 8, "shard_size": 8},
+    "codeswitch": {"words": 60},
+    "calibrate": {"first_group": 4, "groups": 20, "max_length": 128},
+    "evaluate": {"top_k": 6, "max_queries": 5, "max_length": 128},
+}  # fmt: skip
+TEXTS = {
+    "fr": "Le {} de la cuisine reste au sec, et chaque année on le graisse avec de l'huile : c'est le numéro {}.",
+    "ja": "台所の{}は乾いた場所に置いて、年に一度は油を差してください。これは{}番の品物です。",
+}
+QUERIES = {
+    "fr": "graisser objet {0}\nComment faut-il entretenir l'objet numéro {0} de la cuisine ?",
+    "ja": "{0}番の油\n台所の{0}番の品物はどのように手入れすればよいですか？",
+}
+
+
+def answer(messages: list[dict]) -> str:
+    """What the language model's server says: two queries in the document's language, told by the number in it."""
+    document = messages[-1]["content"]
+    language = "ja" if re.search("[ぁ-ん]", document) else "fr"
+    return "<think>…</think>\n" + QUERIES[language].format(re.findall(r"\d+", document)[-1])
+
+
+def hub_dataset(folder: Path, entry: dict) -> str:
+    """A data set in the Hub's form, in the entry's language where it has one."""
+    config, split = entry.get("config"), entry.get("split", "test")
+    text = TEXTS.get(config or "", "A {} is kept dry and oiled once a year; it has the number {}.")
+    rows = {
+        "corpus": [{"_id": f"d{n}", "title": "", "text": text.format(SUBJECTS[n % 16], n)} for n in range(30)],
+        "queries": [{"_id": f"q{n}", "text": f"how do I keep the {SUBJECTS[n % 16]} number {n}"} for n in range(20)],
+        split: [{"query-id": f"q{n}", "corpus-id": f"d{n}", "score": 1} for n in range(20)],
+    }
+    folder.mkdir(parents=True)
+    subsets = []
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        subset = f"{config}-{name}" if config else name
+        if name == split:
+            subset = f"{config}-qrels" if config else "default"
+        subsets.append({"config_name": subset, "data_files": [{"split": name, "path": f"{name}.jsonl"}]})
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n", encoding="utf-8")
+    return str(folder)
+
+
+def with_makers(names: list[str], stages: dict[str, Stage]) -> set[str]:
+    kept, waiting = set(names), list(names)
+    while waiting:
+        new = [name for name in stages[waiting.pop()].after if name not in kept]
+        kept.update(new)
+        waiting += new
+    return kept
+
+
+def chosen_stages(folder: Path) -> dict[str, Stage]:
+    """General training and two adaptations with all before them, the first merge, the first evaluation."""
+    stages = {stage.name: stage for stage in read_stages(folder)}
+    trained = [name for name, stage in stages.items() if stage.script == "train" and "adapt" not in name]
+    adapted = [name for name, stage in stages.items() if "_adapt" in name][:2]
+    last = [next((n for n, s in stages.items() if s.script == script), None) for script in ("merge", "evaluate")]
+    kept = with_makers([*trained, *adapted], stages) | {name for name in last if name}
+    return {name: stage for name, stage in stages.items() if name in kept}
+
+
+def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
+    """Write `recipe/` and what it reads, from the member's own files: other sizes, small things in place of large."""
+    monkeypatch.chdir(ROOT)  # so that its paths are known as such
+    stages = chosen_stages(ROOT / "recipes" / member)
+    made = [str(stage.output) for stage in stages.values()]
+    monkeypatch.chdir(SCRATCH / member)
+    tiny_retriever(Path("tiny/retriever"))
+    small_set(Path("tiny/judged"))
+
+    def data(path: str) -> str:
+        """A folder that a stage makes, or a small one in place of one that lies elsewhere."""
+        if any(path.startswith(output) for output in made):
+            return path
+        folder = Path("tiny/data") / Path(path).name
+        if not folder.exists():
+            small_set(folder)
+        return str(folder)
+
+    def model(path: str) -> str:
+        return path if path in made else "tiny/retriever"
+
+    for name, stage in stages.items():
+        config: dict[str, Any] = stage.config | {k: v for k, v in SIZES.get(stage.script, {}).items()}
+        if stage.script == "backbone":
+            kind = {"querit-4b": "qwen3", "querit-a0.4b": "deepseek_v3"}[member]
+            config["source"] = str(plain_backbone(Path("tiny/backbone"), kind))
+        if stage.script == "fetch":
+            kept = {
+                key: entry for key, entry in config["datasets"].items() if entry.get("config") in (None, "fr", "ja")
+            }
+            config["datasets"] = {
+                key: entry | {"path": hub_dataset(Path("tiny/hub") / key, entry), "documents": 25}
+                for key, entry in kept.items()
+            }
+        if stage.script == "mine":
+            config["documents"] = data(config["documents"])
+            if config.get("retriever", "bm25") != "bm25":
+                config["retriever"] = model(config["retriever"])
+            for entry in config["generators"]:
+                if entry["kind"] == "openai":
+                    entry["base_url"] = server.base_url
+        if stage.script == "score":
+            for target in config["targets"].values():
+                limits = {"queries": 10, "documents": 24, "crops": 2}
+                target.update({key: limits[key] for key in limits if key in target})
+                target["folders"] = [data(folder) for folder in target["folders"]]
+            # of general training, only what is fetched here
+            config["targets"] = {
+                key: target
+                for key, target in config["targets"].items()
+                if not any(re.search("miracl-(de|es|ko|ru|zh)", folder) for folder in target["folders"])
+            }
+            for teacher in config["teachers"]:
+                teacher["model"] = model(teacher["model"])
+            if config.get("retriever", "bm25") != "bm25":
+                config["retriever"] = model(config["retriever"])
+        if stage.script == "merge":
+            config["models"] = [path for path in config["models"] if path in made]
+            config |= {
+                key: config[key][: len(config["models"]) - (key == "t")] for key in ("t", "weights") if key in config
+            }
+        if stage.script == "evaluate":
+            config["retriever"] = "tiny/retriever"
+            models = {key: path for key, path in config["models"].items() if path in made}
+            config["models"] = models or {"last": made[-2]}
+            config |= {"data": ["tiny/judged"], "tasks": []}
+            if "dtype" in config:
+                config["dtype"] = "float32"
+        Path("recipe").mkdir(exist_ok=True)
+        (Path("recipe") / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(answer=answer)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def recipe(server, monkeypatch) -> Callable[[str], list[Stage]]:
+    def make(member: str) -> list[Stage]:
+        shutil.rmtree(SCRATCH / member, ignore_errors=True)
+        (SCRATCH / member).mkdir()
+        tiny_recipe(member, server, monkeypatch)
+        return read_stages("recipe")
+
+    return make
+
+
+def up_to_date(stages: list[Stage], names: list[str]) -> bool:
+    return {name: state.why for name, state in plan(stages, names).items()} == dict.fromkeys(names, "up to date")
+
+
+def check_result(stages: list[Stage]) -> None:
+    """The last model ranks, and the results tell of the models that were measured."""
+    final = next(stage for stage in reversed(stages) if stage.script in ("merge", "calibrate", "train"))
+    ranker = pipeline("text-ranking", model=str(final.output), trust_remote_code=True)
+    documents = ["The kettle is oiled once a year.", "Le train part à sept heures.", "台所の油は棚にあります。"]
+    ranked = ranker("how do I look after a kettle", documents)
+    assert sorted(row["index"] for row in ranked) == [0, 1, 2]
+    assert len({row["score"] for row in ranked}) == 3 and all(-1 < row["score"] < 1 for row in ranked)
+    evaluated = next(stage for stage in stages if stage.script == "evaluate")
+    results = json.loads((evaluated.output / "results.json").read_text(encoding="utf-8"))
+    assert results["sets"]["judged"]["queries"] == 5
+    assert evaluated.config["models"].keys() <= results["mean"].keys()
+
+
+def test_the_dense_member(recipe, server):
+    stages = recipe("querit-4b")
+    assert [stage.name for stage in stages] == [
+        "0_backbone", "0_fetch", "1_general_score", "1_general", "2_mine_fr", "2_mine_ja", "3_score_fr", "3_score_ja",
+        "4_adapt_fr", "4_adapt_ja", "5_merge", "6_evaluate",
+    ]  # fmt: skip
+    names = [stage.name for stage in stages]
+    assert run(stages, names, launch_here) == names and up_to_date(stages, names)
+    check_result(stages)
+    asked = [body["messages"] for _, _, body in server.requests if body["model"] == "deepseek-ai/DeepSeek-R1"]
+    assert len(asked) >= 2 * 12 and any("番の品物" in messages[-1]["content"] for messages in asked)
+    made = {stage.name: stage.output for stage in stages}
+    mined = [json.loads(line) for line in (made["2_mine_ja"] / "queries.jsonl").read_text("utf-8").splitlines()]
+    assert mined and all(row["language"] == "ja" for row in mined)
+    assert read_record(made["1_general"])["inputs"].keys() == {str(made["0_backbone"]), str(made["1_general_score"])}
+
+
+def test_the_moe_member_by_the_command(recipe):
+    stages = recipe("querit-a0.4b")
+    names = [stage.name for stage in stages]
+    late = names.index("4_adapt_ja")
+    assert run(stages, names[:late], launch_here) == names[:late]
+    launcher = str(ROOT / "recipes" / "accelerate_configs" / "cpu.yaml")
+    command = [sys.executable, "-m", "recipes.run", "recipe", "--from", names[late], "--accelerate", launcher]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\$ python .*--config recipe/(\w+)\.yaml", done.stdout, re.MULTILINE) == names[late:]
+    assert done.stdout.count(f"accelerate.commands.launch --config_file {launcher}") == 1
+    assert up_to_date(read_stages("recipe", launcher), names[late:])
+    # how a training was launched is one of the things that it depends on
+    assert plan(stages, names[late:])[names[late]].why == f"input changed: {launcher}"
+    check_result(stages)
+
+
+def test_the_small_member(recipe):
+    stages = recipe("querit-nano")
+    # its base is made of a package's weights; here it is the tiny retriever
+    (base,) = [stage for stage in stages if stage.script == "base"]
+    shutil.copytree("tiny/retriever", base.output)
+    names = [stage.name for stage in stages if stage is not base]
+    assert run(stages, names, launch_here) == names and up_to_date(stages, names)
+    check_result(stages)
