@@ -200,7 +200,7 @@ def run_ray(arguments: tuple, shards: list[int], workers: int) -> Iterator[dict]
         ShardWriter,
         fn_constructor_args=arguments,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards))),
         num_gpus=min(1, ray.cluster_resources().get("GPU", 0) / workers),
     )
     for row in written.iter_rows():
