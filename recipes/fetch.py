@@ -58,16 +58,15 @@ def write_beir(entry: dict, folder: Path) -> None:
             if row["id"] in kept:
                 document = {"_id": row["id"], "title": row.get("title") or "", "text": row["text"]}
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    if only:
-        return
+    queries, relevant_docs = ([], {}) if only else (data["queries"], data["relevant_docs"])
     with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-        for row in data["queries"]:
+        for row in queries:
             file.write(json.dumps({"_id": row["id"], "text": row["text"]}, ensure_ascii=False) + "\n")
     (folder / "qrels").mkdir()
     with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
         writer.writerow(["query-id", "corpus-id", "score"])
-        for query, relevant in sorted(data["relevant_docs"].items()):
+        for query, relevant in sorted(relevant_docs.items()):
             writer.writerows([query, document, score] for document, score in sorted(relevant.items()))
 
 

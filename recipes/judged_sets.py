@@ -13,13 +13,15 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.abstasks.task_metadata import PromptDict, TaskMetadata
+from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
 
 from recipes.data import read_corpus, read_qrels, read_queries, read_top_ranked
 from recipes.shards import file_hash
 
 METRIC = re.compile(r"(ndcg|map|mrr|recall|precision|hit_rate)_at_(\d+)")  # main scores that have a value per query
+# What an encoder that takes instructions is told of a folder, as Qwen3-Embedding words it.
+ENCODER_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 
 class BeirFolder(AbsTaskRetrieval):
@@ -34,8 +36,7 @@ class BeirFolder(AbsTaskRetrieval):
         self.metadata = TaskMetadata(
             name=self.folder.resolve().name,
             description=f"BEIR folder {self.folder.resolve().name}",
-            # What an encoder that takes instructions is told, as Qwen3-Embedding words it.
-            prompt=PromptDict(query="Given a web search query, retrieve relevant passages that answer the query"),
+            prompt={"query": ENCODER_INSTRUCTION},  # type: ignore[arg-type]
             dataset={"path": str(folder), "revision": hashlib.sha256(hashes.encode()).hexdigest()},
             type="Retrieval",
             category="t2t",

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 from recipes.estimates import Estimate, estimate, in_words
@@ -156,9 +158,12 @@ def launch_here(stage: Stage) -> None:
     main(*parser.parse_args_and_config(["--config", str(stage.path)], fail_with_unknown_args=True))
 
 
-def run_stage(stage: Stage, stages: list[Stage], start: Callable[[Stage], None] = launch) -> None:
-    """Run one stage and record it. What stands of its output from other settings is moved aside first."""
-    useful = state_of(stage)[1]
+def run_stage(stage: Stage, stages: list[Stage], start: Callable[[Stage], None] = launch) -> bool:
+    """Run one stage and record it, unless it is up to date. What stands there of other settings is moved aside first."""
+    why, useful = state_of(stage)
+    if why is None:
+        print(f"{stage.name}: up to date", flush=True)
+        return False
     if not useful and (aside := move_aside(stage.output, [other.output for other in stages])):
         print(f"{stage.name}: what stood at {stage.output} is in {aside} now", flush=True)
     record = stage.fingerprint() | {"stage": stage.name, "script": stage.script, "state": "started"}
@@ -170,6 +175,7 @@ def run_stage(stage: Stage, stages: list[Stage], start: Callable[[Stage], None] 
     # A rate is read off unbroken runs only.
     seconds = None if useful else round(time.monotonic() - began, 1)
     finish(stage, record, seconds)
+    return True
 
 
 def finish(stage: Stage, record: dict, seconds: float | None) -> None:
@@ -192,19 +198,8 @@ def adopt(stage: Stage) -> None:
 def run(stages: list[Stage], chosen: list[str], start: Callable[[Stage], None] = launch) -> list[str]:
     """Run what needs to run of the chosen stages. -> their names. Stages that lack an input are left out."""
     plans = plan(stages, chosen)
-    for stage in stages:
-        if stage.name in plans and plans[stage.name].runs:
-            check_keys(stage)
-    ran = []
-    for stage in stages:
-        if stage.name not in plans or not plans[stage.name].runs:
-            continue
-        if state_of(stage)[0] is None:  # what ran before it brought no change
-            print(f"{stage.name}: up to date", flush=True)
-            continue
-        run_stage(stage, stages, start)
-        ran.append(stage.name)
-    return ran
+    # Each is looked at again when its turn comes: what ran before it may have brought no change.
+    return [s.name for s in stages if s.name in plans and plans[s.name].runs and run_stage(s, stages, start)]
 
 
 def main() -> None:
@@ -233,6 +228,9 @@ def main() -> None:
         print(show(stages, plans, {name: guess for name, guess in all_estimates(stages).items() if name in plans}))
         if args.dry_run:
             return
+        # In a process of its own: the scripts bring torch along, which need not stay in memory for hours.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            list(pool.map(check_keys, [stage for stage in stages if stage.name in plans and plans[stage.name].runs]))
         run(stages, chosen)
         if lacking := [name for name, state in plans.items() if state.lacks]:
             raise ValueError(f"not run for want of inputs (see the list at the top): {', '.join(lacking)}")

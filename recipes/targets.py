@@ -93,19 +93,23 @@ def cut_passages(
 
 
 def sample_ids(target: Target, seed: str) -> set[str]:
-    """`target.documents` ids of all folders: those with the smallest hashes, whatever the order of the files."""
+    """`target.documents` ids of all folders: first those that queries ask for, then by hash, whatever the files' order.
+
+    A mined target asks few of its documents: without them its queries would have no positive.
+    """
     assert target.documents is not None
-    heap: list[tuple[int, str]] = []
+    asked = {document for _, _, documents, _ in judged_queries(target) for document in documents}
+    heap: list[tuple[bool, int, str]] = []
     kept: set[str] = set()
     for folder in target.folders:
         for row in read_jsonl(folder, "corpus"):
-            entry = (-stable_hash(seed, row["_id"]), row["_id"])
+            entry = (row["_id"] in asked, -stable_hash(seed, row["_id"]), row["_id"])
             if row["_id"] in kept:
                 continue
             if len(heap) < target.documents:
                 heapq.heappush(heap, entry)
             elif entry > heap[0]:
-                kept.remove(heapq.heapreplace(heap, entry)[1])
+                kept.remove(heapq.heapreplace(heap, entry)[2])
             else:
                 continue
             kept.add(row["_id"])

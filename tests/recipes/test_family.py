@@ -18,7 +18,7 @@ from recipes.records import read_record
 from recipes.run import launch_here, plan, run
 from recipes.stages import Stage, read_stages
 from tests.models_for_tests import SCRATCH
-from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_retriever
+from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_retriever, write_beir
 from tests.recipes.test_backbone import plain_backbone
 from tests.recipes.test_generators import Server
 
@@ -40,6 +40,11 @@ TEXTS = {
     "fr": "Le {} de la cuisine reste au sec, et chaque année on le graisse avec de l'huile : c'est le numéro {}.",
     "ja": "台所の{}は乾いた場所に置いて、年に一度は油を差してください。これは{}番の品物です。",
 }
+ABOUT = (
+    "In the {2} an old {0} with the number {1} was found under a sheet of paper. Whoever wants a {0} for the {2} "
+    "should oil it once a year, and keep shelf {1} free for it."
+)
+PLACES = ["harbour", "kitchen", "garden", "workshop", "attic"]
 QUERIES = {
     "fr": "graisser objet {0}\nComment faut-il entretenir l'objet numéro {0} de la cuisine ?",
     "ja": "{0}番の油\n台所の{0}番の品物はどのように手入れすればよいですか？",
@@ -84,12 +89,12 @@ def with_makers(names: list[str], stages: dict[str, Stage]) -> set[str]:
 
 
 def chosen_stages(folder: Path) -> dict[str, Stage]:
-    """General training and two adaptations with all before them, the first merge, the first evaluation."""
+    """The first merge, of its first and its last model alone, with all that comes before; the first evaluation."""
     stages = {stage.name: stage for stage in read_stages(folder)}
-    trained = [name for name, stage in stages.items() if stage.script == "train" and "adapt" not in name]
-    adapted = [name for name, stage in stages.items() if "_adapt" in name][:2]
-    last = [next((n for n, s in stages.items() if s.script == script), None) for script in ("merge", "evaluate")]
-    kept = with_makers([*trained, *adapted], stages) | {name for name in last if name}
+    merge, evaluate = (next(s for s in stages.values() if s.script == script) for script in ("merge", "evaluate"))
+    ends = (merge.config["models"][0], merge.config["models"][-1])
+    adapted = [name for name, stage in stages.items() if str(stage.output) in ends]
+    kept = with_makers(adapted, stages) | {merge.name, evaluate.name}
     return {name: stage for name, stage in stages.items() if name in kept}
 
 
@@ -108,14 +113,18 @@ def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
             return path
         folder = Path("tiny/data") / Path(path).name
         if not folder.exists():
-            small_set(folder)
+            corpus = {f"d{n}": ABOUT.format(SUBJECTS[n % 16], n, PLACES[n % 5]) for n in range(30)}
+            queries = {f"q{n}": f"who needs the {SUBJECTS[n % 16]} number {n}" for n in range(20)}
+            write_beir(folder, corpus, queries, {f"q{n}": {f"d{n}": 1} for n in range(20)})
         return str(folder)
 
     def model(path: str) -> str:
         return path if path in made else "tiny/retriever"
 
     for name, stage in stages.items():
-        config: dict[str, Any] = stage.config | {k: v for k, v in SIZES.get(stage.script, {}).items()}
+        config: dict[str, Any] = stage.config | SIZES.get(stage.script, {})
+        if member == "querit-nano" and "max_length" in config:
+            config["max_length"] = 64  # the tiny retriever's limit
         if stage.script == "backbone":
             kind = {"querit-4b": "qwen3", "querit-a0.4b": "deepseek_v3"}[member]
             config["source"] = str(plain_backbone(Path("tiny/backbone"), kind))
@@ -156,8 +165,7 @@ def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
             }
         if stage.script == "evaluate":
             config["retriever"] = "tiny/retriever"
-            models = {key: path for key, path in config["models"].items() if path in made}
-            config["models"] = models or {"last": made[-2]}
+            config["models"] = {key: path for key, path in config["models"].items() if path in made}
             config |= {"data": ["tiny/judged"], "tasks": []}
             if "dtype" in config:
                 config["dtype"] = "float32"
@@ -190,16 +198,17 @@ def up_to_date(stages: list[Stage], names: list[str]) -> bool:
 
 def check_result(stages: list[Stage]) -> None:
     """The last model ranks, and the results tell of the models that were measured."""
-    final = next(stage for stage in reversed(stages) if stage.script in ("merge", "calibrate", "train"))
-    ranker = pipeline("text-ranking", model=str(final.output), trust_remote_code=True)
+    (merged,) = [stage for stage in stages if stage.script == "merge"]
+    assert len(merged.config["models"]) == 2
+    ranker = pipeline("text-ranking", model=str(merged.output), trust_remote_code=True)
     documents = ["The kettle is oiled once a year.", "Le train part à sept heures.", "台所の油は棚にあります。"]
     ranked = ranker("how do I look after a kettle", documents)
     assert sorted(row["index"] for row in ranked) == [0, 1, 2]
     assert len({row["score"] for row in ranked}) == 3 and all(-1 < row["score"] < 1 for row in ranked)
-    evaluated = next(stage for stage in stages if stage.script == "evaluate")
+    (evaluated,) = [stage for stage in stages if stage.script == "evaluate"]
     results = json.loads((evaluated.output / "results.json").read_text(encoding="utf-8"))
     assert results["sets"]["judged"]["queries"] == 5
-    assert evaluated.config["models"].keys() <= results["mean"].keys()
+    assert {"merged"} < evaluated.config["models"].keys() <= results["mean"].keys()
 
 
 def test_the_dense_member(recipe, server):

@@ -47,7 +47,8 @@ def test_documents_are_limited_and_judged_ones_kept(tmp_path):
     assert set(read_corpus(tmp_path / "data" / "alone")) == set(by_hash[:6])
     assert set(read_corpus(tmp_path / "data" / "judged")) == {"d5", *[d for d in by_hash if d != "d5"][:5]}
     # of a corpus whose queries are for testing nothing else comes along
-    assert [path.name for path in (tmp_path / "data" / "alone").iterdir()] == ["corpus.jsonl"]
+    assert read_queries(tmp_path / "data" / "alone") == {} and read_qrels(tmp_path / "data" / "alone") == {}
+    assert read_qrels(tmp_path / "data" / "judged") == {"q2": {"d5": 1}}
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, capsys):

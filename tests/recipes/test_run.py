@@ -268,7 +268,7 @@ def test_stages_without_their_inputs_are_left_out_and_the_fix_is_named(recipe):
 def test_values_are_taken_for_paths_where_they_can_be_nothing_else(recipe):
     outputs = [Path("runs/general"), Path("/tmp/made")]  # noqa: S108
     paths = ["data", "data/a", "data/none", "runs/x", "runs/general/checkpoint-2", "/etc/x", "../x", "a/b/c"]
-    others = ["owner/model", "kl", "", "https://api.example.org/v1", "and/or", "Écris.\nUne question a/b/c"]
+    others = ["owner/model", "kl", "x" * 300, "", "https://api.example.org/v1", "and/or", "Écris.\nUne question a/b/c"]
     assert [text for text in paths + others if is_path(text, outputs)] == paths
 
 
@@ -286,13 +286,12 @@ def test_recipes_that_cannot_be_are_refused(recipe):
         read_stages("recipe")
 
 
-def test_wrong_keys_are_found_before_anything_runs(recipe):
+def test_wrong_keys_are_named(recipe):
     edit("5_merge", modles=["a"])
-    with pytest.raises(ValueError, match=r"5_merge.yaml: unknown keys modles"):
-        run_all()
-    assert not Path("runs").exists()
+    with pytest.raises(ValueError, match=r"5_merge\.yaml: unknown keys modles"):
+        check_keys(read_stages("recipe")[-1])
     write_yaml("5_merge", {"output_dir": "runs/merged"})
-    with pytest.raises(ValueError, match=r"5_merge.yaml: models must be given"):
+    with pytest.raises(ValueError, match=r"5_merge\.yaml: models must be given"):
         check_keys(read_stages("recipe")[-1])
 
 
@@ -401,6 +400,11 @@ def test_the_command_tells_what_is_wrong_and_how_it_ended(training):
     assert command("recipe", "--dry-run").returncode == 0
     unknown = command("recipe", "--only", "2_mine")
     assert unknown.returncode == 1 and unknown.stderr == "error: There is no stage 2_mine; there are 1_general.\n"
+    write_yaml("5_merge", {"models": ["runs/general", "./base"], "output_dir": "runs/merged", "tee": [0.5]})
+    misspelt = command("recipe")  # of a later stage, and found before the first one runs
+    assert misspelt.returncode == 1 and "error: recipe/5_merge.yaml: unknown keys tee" in misspelt.stderr
+    assert not Path("runs").exists()
+    Path("recipe/5_merge.yaml").unlink()
     write_yaml("1_general", {**training, "learning_rate": 0.0})
     failed = command("recipe")
     assert failed.returncode == 1 and "learning_rate is 0" in failed.stderr

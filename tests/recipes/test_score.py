@@ -158,6 +158,16 @@ def test_a_mined_folder_is_read_by_its_split(made, tmp_path):
         assert len(items) == count
 
 
+def test_documents_that_are_asked_for_come_into_the_pool_first(tmp_path):
+    folder = small_set(tmp_path / "mined")
+    header, *lines = (folder / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "qrels" / "test.tsv").write_text(header + "".join(lines[3:6]), encoding="utf-8")
+    asked = {"d3", "d4", "d5"}
+    for seed in range(5):
+        assert sample_ids(read_target("care", {"folders": [str(folder)], "documents": 4}), f"{seed}") > asked
+        assert sample_ids(read_target("care", {"folders": [str(folder)], "documents": 2}), f"{seed}") < asked
+
+
 def test_labels_follow_the_stated_rule_and_twins_are_no_negatives(made, tmp_path):
     rows = scored(arguments(made, tmp_path / "scored.parquet"))
     teacher = SentenceTransformer(str(made / "teacher"), model_kwargs={"dtype": "bfloat16"})
