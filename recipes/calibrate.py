@@ -1,6 +1,6 @@
 """Make a trained model's probability one: scale and shift its head on queries that it was not trained on.
 
-    python -m recipes.calibrate --config recipes/querit-nano/1_general_calibrate.yaml
+    python -m recipes.calibrate --config recipes/querit-nano/5_merge_calibrate.yaml
 
 A ranking loss fixes the differences of the logits within a query and leaves their level to chance. Platt scaling (Platt
 1999) fits sigmoid(a * logit + b) to known relevance; a and b go into the head. The order of documents does not change.

@@ -27,6 +27,7 @@ from mteb.models import SearchCrossEncoderWrapper
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from recipes import retrieval
 from recipes.judged_sets import METRIC, drop_unlisted, has_candidates, judged_sets, load, part_name, parts_of
 from recipes.results import BASE, mean_and_interval, table
 from recipes.shards import write_aside
@@ -57,7 +58,8 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Tasks of mteb, or benchmarks: their reranking or retrieval tasks."}
     )
     retriever: str = field(
-        default="Qwen/Qwen3-Embedding-0.6B", metadata={"help": "First stage: sentence-transformers folder or Hub repo."}
+        default="Qwen/Qwen3-Embedding-0.6B",
+        metadata={"help": "First stage: sentence-transformers folder, Hub repo, or bm25 (the first model's tokens)."},
     )
     revisions: dict[str, str] = field(default_factory=dict, metadata={"help": "Model or retriever -> commit."})
     split: str | None = field(
@@ -116,16 +118,19 @@ def measure(system: Any, task: AbsTaskRetrieval, predictions: Path | None = None
 
 
 def first_stage(task: AbsTaskRetrieval, encoder: Any, tokenizer: Any, folder: Path, args: EvaluateArguments) -> None:
-    """Write a folder with the retriever's run, as mteb stores it, and what BM25 and the retriever score."""
+    """Write a folder with the retriever's run, as mteb stores it, and what BM25 and the retriever score.
+
+    Without an encoder BM25 is the retriever.
+    """
     task = load(task, args.max_queries, args.seed)
     aside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     parts = parts_of(task).values()
     counts = {"queries": sum(len(p["queries"]) for p in parts), "documents": sum(len(p["corpus"]) for p in parts)}
-    systems = {"BM25": measure(BM25(tokenizer), task)[0]}
+    systems = {"BM25": measure(BM25(tokenizer), task)[0]} if encoder else {}
     drop_unlisted(task)
-    systems[BASE] = measure(encoder, task, aside)[0]
+    systems[BASE] = measure(encoder or BM25(tokenizer), task, aside)[0]
     write_aside(aside / "measured.json", json.dumps({**counts, "systems": systems}, ensure_ascii=False))
     aside.rename(folder)
 
@@ -155,11 +160,12 @@ def first_stages(tasks: list[AbsTaskRetrieval], retriever: Weights, args: Evalua
     """Task -> the folder that `first_stage` wrote, now or in an earlier run."""
     folders = {}
     encoder = tokenizer = None
+    dense = args.retriever != retrieval.BM25
     for task in tasks:
         name = f"{stored_name(task, args, retriever.fingerprint)}-first-stage"
         folder = folders[task.metadata.name] = Path(args.output_dir) / "parts" / name
         if not folder.exists():
-            encoder = encoder or load_retriever(retriever)
+            encoder = encoder or (load_retriever(retriever) if dense else None)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(
                 retriever.path, revision=retriever.revision or "main"
             )
@@ -211,15 +217,20 @@ def evaluate(args: EvaluateArguments) -> dict:
         raise ValueError(f"{taken.pop()} is the name of a first stage; call the model something else.")
     disable_progress_bars()  # those of datasets
     sets = judged_sets(args.tasks, args.data, args.split)
-    retriever = find_weights(args.retriever, args.revisions.get(args.retriever))
     models = {name: find_weights(path, args.revisions.get(path)) for name, path in args.models.items()}
+    if args.retriever == retrieval.BM25:
+        tokens = next(iter(models.values()))
+        retriever = Weights(tokens.path, tokens.revision, f"{retrieval.BM25} {tokens.fingerprint}")
+    else:
+        retriever = find_weights(args.retriever, args.revisions.get(args.retriever))
     for weights in models.values():
         check_reranker(weights)
     tasks = [task for members in sets.values() for task in members]
 
     folders = first_stages(tasks, retriever, args)
     stored = {name: json.loads((folder / "measured.json").read_text("utf-8")) for name, folder in folders.items()}
-    systems = {system: {task: found["systems"][system] for task, found in stored.items()} for system in ("BM25", BASE)}
+    first = list(next(iter(stored.values()))["systems"])  # BM25 and the retriever, or BM25 as the retriever
+    systems = {system: {task: found["systems"][system] for task, found in stored.items()} for system in first}
     for model, weights in models.items():
         found = reranked(tasks, weights, retriever, folders, args)
         for kind in ("", FUSED) if args.fused else ("",):

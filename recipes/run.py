@@ -159,7 +159,7 @@ def launch_here(stage: Stage) -> None:
 
 
 def run_stage(stage: Stage, stages: list[Stage], start: Callable[[Stage], None] = launch) -> bool:
-    """Run one stage and record it, unless it is up to date. What stands there of other settings is moved aside first."""
+    """Run one stage and record it, unless it is up to date. What stands there of other settings is moved aside."""
     why, useful = state_of(stage)
     if why is None:
         print(f"{stage.name}: up to date", flush=True)

@@ -74,10 +74,11 @@ def is_path(text: str, outputs: list[Path]) -> bool:
     """Whether a config's value is a path: one that is there, or can be nothing else (`owner/name` is on the Hub)."""
     if not text or "\n" in text or "://" in text:
         return False
+    # os.path: Path.exists raises for names that are too long
     if os.path.exists(text) or any(is_within(text, output) for output in outputs):
         return True
     first = Path(text).parts[0]
-    known = Path(first).exists() or any(first == output.parts[0] for output in outputs)
+    known = os.path.exists(first) or any(first == output.parts[0] for output in outputs)
     return "/" in text and (known or text.count("/") > 1 or text.startswith(("/", ".")))
 
 

@@ -143,7 +143,7 @@ def test_every_stage_of_a_recipe_has_its_command_in_the_readme(name):
 def test_calibration_uses_queries_that_training_left_out():
     nano = RECIPES / "querit-nano"
     script, _ = parsed(nano / "1_general.yaml")
-    (calibrate,) = parsed(nano / "1_general_calibrate.yaml")
+    (calibrate,) = parsed(nano / "5_merge_calibrate.yaml")
     assert calibrate.data == script.train_data
     assert calibrate.first_group >= script.max_groups
 

@@ -94,7 +94,7 @@ def test_a_recipe_runs_in_order_once(recipe):
 
 def test_scripts_are_told_by_the_last_word_of_a_name():
     names = {"1_general_long_score": "score", "1_general_long": "train", "4_adapt_zh": "train", "0_base": "base"}
-    names |= {"6_evaluate_losses": "evaluate", "1_general_calibrate": "calibrate", "1_general_codeswitch": "codeswitch"}
+    names |= {"6_evaluate_losses": "evaluate", "5_merge_calibrate": "calibrate", "1_general_codeswitch": "codeswitch"}
     assert {name: script_of(Path(f"{name}.yaml")) for name in names} == names
     with pytest.raises(ValueError, match=r"adaptation.yaml: the name tells no stage; put one of base"):
         script_of(Path("4_adaptation.yaml"))
@@ -400,12 +400,12 @@ def test_the_command_tells_what_is_wrong_and_how_it_ended(training):
     assert command("recipe", "--dry-run").returncode == 0
     unknown = command("recipe", "--only", "2_mine")
     assert unknown.returncode == 1 and unknown.stderr == "error: There is no stage 2_mine; there are 1_general.\n"
+    write_yaml("1_general", {**training, "learning_rate": 0.0})
     write_yaml("5_merge", {"models": ["runs/general", "./base"], "output_dir": "runs/merged", "tee": [0.5]})
     misspelt = command("recipe")  # of a later stage, and found before the first one runs
     assert misspelt.returncode == 1 and "error: recipe/5_merge.yaml: unknown keys tee" in misspelt.stderr
     assert not Path("runs").exists()
     Path("recipe/5_merge.yaml").unlink()
-    write_yaml("1_general", {**training, "learning_rate": 0.0})
     failed = command("recipe")
     assert failed.returncode == 1 and "learning_rate is 0" in failed.stderr
     assert "1_general failed (1): see above. The same command goes on from where it stopped." in failed.stderr
