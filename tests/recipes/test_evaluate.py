@@ -122,6 +122,20 @@ def test_values_agree_with_rankings_and_formula_of_their_own(results, folder):
     assert scores == pytest.approx(100 * np.mean(list(values["tiny"].values())), abs=0.01)
 
 
+def test_bm25_can_be_the_first_stage_itself(results, folder, tmp_path):
+    """Its candidates are reranked, and its column is the same as that of BM25 beside a retriever."""
+    _, beside = results
+    args = arguments(folder, tmp_path, retriever="bm25")
+    found = evaluate(args)
+    for name, entry in found["sets"].items():
+        assert list(entry["scores"]) == ["retriever", "tiny", "tiny + first stage"]
+        assert entry["per_query"]["retriever"] == beside["sets"][name]["per_query"]["BM25"]
+    reached = found["sets"]["care"]["per_query"]["tiny"]["default test"]
+    for query, scores in first_stage_of(args, "care").items():
+        candidates = sorted(scores, key=lambda document: -scores[document])[:8]
+        assert (reached[query] > 0) == ("d" + query[1:] in candidates)
+
+
 def stamps(args):
     return {path: path.stat().st_mtime_ns for path in Path(args.output_dir).rglob("parts/**/*") if path.is_file()}
 
