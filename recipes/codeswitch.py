@@ -26,7 +26,7 @@ WRITTEN_WITHOUT_SPACES = ("zh", "ja")
 
 @dataclass
 class CodeswitchArguments:
-    data: str = field(metadata={"help": "Parquet file of recipes.score."})
+    data: list[str] = field(metadata={"help": "Parquet files of recipes.score; their queries are put together."})
     output: str = field(metadata={"help": "Parquet file to write; it appears only when complete."})
     encoder: str = field(metadata={"help": "sentence-transformers model that the word pairs come from."})
     targets: list[str] = field(metadata={"help": "Targets of the data whose queries are English."})
@@ -110,7 +110,7 @@ def main(args: CodeswitchArguments) -> None:
         return
     data = load_dataset("parquet", data_files=args.data, split="train")
     if missing := set(args.targets) - set(data.unique("target")):
-        raise ValueError(f"{args.data} has no target {sorted(missing)}; it has {sorted(data.unique('target'))}.")
+        raise ValueError(f"No target {sorted(missing)} in the data; there are {sorted(data.unique('target'))}.")
     pairs = word_pairs(args)
     rng = random.Random(args.seed)
     rows, switched = [], 0

@@ -75,7 +75,7 @@ def count(stage: Stage, stages: list[Stage]) -> tuple[int | None, int | None]:
         total = added([*queries, *(target.get("crops") for target in config["targets"].values())])
         return total, total
     if stage.script == "codeswitch":
-        queries_in = count_queries(config["data"], stages)
+        queries_in = added([count_queries(path, stages) for path in config["data"]])
         return queries_in, queries_in
     if stage.script == "train":
         groups = at_most(config.get("max_groups"), count_queries(config["train_data"], stages))

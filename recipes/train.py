@@ -8,8 +8,9 @@ from its last checkpoint. Several GPUs: `accelerate launch -m recipes.train --co
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
@@ -19,6 +20,15 @@ from trl import RewardConfig, RewardTrainer, TrlParser
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
+from recipes.records import content_hash
+from recipes.shards import write_aside
+
+# What of TRL's config the weights depend on; the rest says how it is logged, stored and computed.
+DECIDING = (
+    "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+    "train_sampling_strategy", "bf16", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -158,11 +168,32 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def check_settings(script: ScriptArguments, args: RewardConfig) -> None:
+    """Note what this run depends on in `training.json`; a run of other settings is neither taken up nor overwritten."""
+    out = Path(str(args.output_dir))
+    settings: dict[str, Any] = asdict(script) | {name: getattr(args, name) for name in DECIDING}
+    for key in ("model_name_or_path", "train_data"):
+        if Path(settings[key]).exists():
+            settings[key] = content_hash(settings[key])  # a folder may move
+    settings = json.loads(json.dumps(settings))
+    noted, begun = out / "training.json", (out / "model.safetensors").exists() or any(out.glob("checkpoint-*"))
+    if begun:
+        before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+        if changed := [key for key in settings if before.get(key) != settings[key]]:
+            raise FileExistsError(
+                f"{out} holds a run of other settings ({', '.join(changed[:4])} changed). Move it away, or name "
+                "another output_dir."
+            )
+    elif args.process_index == 0:
+        write_aside(noted, json.dumps(settings, indent=1) + "\n")
+
+
 def main(script: ScriptArguments, args: RewardConfig) -> None:
     if script.loss not in ("margin", "kl"):
         raise ValueError(f"loss is {script.loss!r}; it must be margin or kl.")
     if math.isclose(args.learning_rate, 0):
         raise ValueError("learning_rate is 0: nothing would be learnt.")
+    check_settings(script, args)
     torch.manual_seed(args.seed)  # the new head
     model = load_model(script, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, revision=script.model_revision or "main")

@@ -2,15 +2,20 @@
 
 import json
 import random
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import querit
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from recipes import adapt as module
-from recipes.adapt import AdaptArguments, adapt, affordable_queries, generator_entry, in_words, judge
+from recipes.adapt import AdaptArguments, Pace, adapt, generator_entry, in_words, judge
 from tests.models_for_tests import save_folder, tiny_model
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
 
@@ -41,6 +46,11 @@ def invoke(*args):
     return CliRunner().invoke(querit.app, [str(arg) for arg in args])
 
 
+def equal_weights(a, b) -> bool:
+    ours, theirs = (QueritForSequenceClassification.from_pretrained(f).state_dict() for f in (a, b))
+    return all((ours[key] - theirs[key]).abs().max() <= 0.01 * theirs[key].abs().max() for key in theirs)
+
+
 def results(before: list[float], after: list[float]) -> dict:
     values = {"general": before, "merged": after, "retriever": before}
     per_query = {name: {"default test": {f"q{i}": x for i, x in enumerate(v)}} for name, v in values.items()}
@@ -53,17 +63,17 @@ def test_one_command_writes_a_reranker_that_loads_and_says_what_came_of_it(docum
     options = ["--model", model, "--teacher", teacher, "--budget-minutes", "1"]
     found = invoke("adapt", documents, "--output", output, *options)
     assert found.exit_code == 0, found.output
-    verdict = json.loads((output / "adaptation.json").read_text())["verdict"]
+    work = tmp_path / "mine.work"
+    verdict = json.loads((work / "adaptation.json").read_text())["verdict"]
     words = in_words(verdict, str(output))
     assert words in found.stdout and words in (output / "README.md").read_text()
-    measured = json.loads((tmp_path / "mine.work" / "evaluation" / "results.json").read_text())
+    measured = json.loads((work / "evaluation" / "results.json").read_text())
     values = measured["sets"]["mined"]["per_query"]
     gains = [values["merged"]["default test"][query] - x for query, x in values["general"]["default test"].items()]
     assert verdict["gain"] == pytest.approx(100 * np.mean(gains), abs=0.01)
     # The model of the verdict is the one that was written.
-    chosen = tmp_path / "mine.work" / "merged" if verdict["better"] else model
-    ours, theirs = (QueritForSequenceClassification.from_pretrained(f).state_dict() for f in (output, chosen))
-    assert all((ours[key] - theirs[key]).abs().max() <= 0.01 * theirs[key].abs().max() for key in theirs)
+    assert equal_weights(output, model) != verdict["better"]
+    assert not (work / "merged").exists() and (work / "mined" / "queries.jsonl").exists()
     rows = invoke("rank", "the violin by the harbour", documents / "violin-by-the-harbour.md", "--model", output)
     assert rows.exit_code == 0, rows.output
     again = invoke("adapt", documents, "--output", output, *options)
@@ -71,22 +81,18 @@ def test_one_command_writes_a_reranker_that_loads_and_says_what_came_of_it(docum
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(documents, model, tmp_path, monkeypatch):
-    args = AdaptArguments(str(documents), str(model), str(tmp_path / "mine"), budget_minutes=1)
+    args = AdaptArguments(str(documents), str(model), f"{tmp_path}/mine/", budget_minutes=1)
     monkeypatch.setattr(module, "merge", lambda merge_args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         adapt(args)
     assert not (tmp_path / "mine").exists()
     work = tmp_path / "mine.work"
-    kept = [
-        work / "plan.json",
-        work / "mined" / "queries.jsonl",
-        work / "scored.parquet",
-        work / "adapted" / "config.json",
-    ]
+    kept = [work / "plan.json", work / "mined" / "queries.jsonl", work / "scored.parquet"]
     before = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.undo()
     with pytest.raises(ValueError, match="belongs to another request"):
         adapt(AdaptArguments(**{**vars(args), "seed": 4}))
+    monkeypatch.setattr(module.train, "main", lambda *args: pytest.fail("it was trained already"))
     adapt(args)
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert (tmp_path / "mine" / "model.safetensors").exists()
@@ -105,12 +111,43 @@ def test_better_is_said_only_where_the_interval_is_above_zero():
     assert not worse["better"] and in_words(worse, "out").startswith("Worse.")
 
 
-def test_more_minutes_and_a_teacher_that_does_not_read_candidates_afford_more_queries():
-    assert affordable_queries(30, 0.01, True) < affordable_queries(60, 0.01, True)
-    assert affordable_queries(30, 0.01, True) < affordable_queries(30, 0.01, False)
-    assert affordable_queries(0.1, 0.01, True) < 0
-    # By hand: 0.7 * 1800 s - 3 * 100 * 50 * 0.01 s = 1110 s; a query costs (50 + 28) * 0.01 s.
-    assert affordable_queries(30, 0.01, True) == 1423
+@pytest.mark.parametrize("better", [True, False])
+def test_the_better_model_is_the_one_that_is_written(documents, model, tmp_path, monkeypatch, better):
+    """The verdict is put in the place of that of the tiny model, which may go either way."""
+    found = {"queries": 40, "ndcg@10": {"general": 50.0, "merged": 60.0, "retriever": 40.0}, "gain": 10.0}
+    found |= {"interval": [5.0, 15.0], "better": better}
+    monkeypatch.setattr(module, "judge", lambda results, seed: found)
+    monkeypatch.setattr(module, "rmtree", lambda folder: None)
+    adapt(AdaptArguments(str(documents), str(model), str(tmp_path / "mine"), budget_minutes=1))
+    written = QueritForSequenceClassification.from_pretrained(tmp_path / "mine").state_dict()
+    merged = QueritForSequenceClassification.from_pretrained(tmp_path / "mine.work" / "merged").state_dict()
+    close = [(written[key] - merged[key]).abs().max() <= 0.01 * merged[key].abs().max() for key in merged]
+    assert all(close) == better and equal_weights(tmp_path / "mine", model) != better
+
+
+def test_few_queries_tell_nothing():
+    verdict = judge(results([0.5, 0.5], [0.63, 0.63]), 0)
+    assert not verdict["better"] and in_words(verdict, "out").startswith("Too few queries to tell.")
+    assert judge(results([0.5] * 20, [0.63] * 20), 0)["better"]
+
+
+def test_the_budget_counts_the_model_the_teacher_and_the_corpus():
+    # By hand: 0.7 * 1800 s - 3 * 100 * 50 * 0.01 s = 1110 s; a query costs 50 * 0.02 + 7 * 4 * 0.01 s.
+    assert Pace(0.01, 0.02, 0.0).affordable_queries(30) == int(1110 / 1.28)
+    assert Pace(0.01, 0.02, 200.0).affordable_queries(30) == int(910 / 1.28)
+    assert Pace(0.01, 0.0, 0.0).affordable_queries(30) == int(1110 / 0.28)
+
+
+@given(
+    st.floats(1e-4, 2),
+    st.sampled_from([0.0, 1e-3, 0.5]),
+    st.sampled_from([0.0, 60.0, 1e4]),
+    st.integers(1, 500),
+)
+def test_the_minutes_that_are_asked_for_suffice(model, teacher, corpus, queries):
+    pace = Pace(model, teacher, corpus)
+    minutes = pace.minutes_needed(queries)
+    assert pace.affordable_queries(minutes * 1.001) >= queries > pace.affordable_queries(minutes * 0.99) - 1
 
 
 @pytest.mark.parametrize(
@@ -138,9 +175,43 @@ def test_what_cannot_be_adapted_is_refused_with_the_fix(documents, model, tmp_pa
     assert not (tmp_path / "a").exists()
 
 
-def test_the_largest_model_that_is_tiny_has_a_pace(model):
-    pace = module.seconds_per_pair(AdaptArguments("", str(model), ""), ["a bicycle by the mill"] * 16)
-    assert 0 < pace < 1
+def test_documents_without_enough_queries_are_refused_before_training(documents, model, tmp_path):
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"text": p.read_text()}) + "\n" for p in sorted(documents.iterdir())[:60]))
+    options = ["--model", model, "--budget-minutes", "2", "--queries-per-document", "1"]
+    found = invoke("adapt", file, "--output", tmp_path / "a", *options)
+    assert found.exit_code == 1 and "queries came of 60 documents; " in found.output
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.work" / "adapted").exists()
+
+
+def test_other_documents_do_not_get_the_old_ones_queries(documents, model, tmp_path):
+    file = tmp_path / "docs.jsonl"
+    rows = [json.dumps({"text": path.read_text()}) + "\n" for path in sorted(documents.iterdir())]
+    file.write_text("".join(rows))
+    options = ["--output", tmp_path / "a", "--model", model, "--budget-minutes", "1"]
+    assert invoke("adapt", file, *options).exit_code == 0
+    shutil.rmtree(tmp_path / "a")
+    file.write_text("".join(rows[1:]))
+    found = invoke("adapt", file, *options)
+    assert found.exit_code == 1 and "another request (documents changed)" in found.output
+
+
+def test_a_server_that_refuses_is_named(documents, model, tmp_path, monkeypatch):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_error(401, "no such key")
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        options = ["--model", model, "--generator", f"{url}#m", "--budget-minutes", "1"]
+        found = invoke("adapt", documents, "--output", tmp_path / "a", *options)
+        server.shutdown()
+    assert found.exit_code == 1 and f"querit: {url}" in found.output and "some-key" not in found.output
 
 
 def test_causal_rerankers_are_adapted_too(documents, tmp_path):

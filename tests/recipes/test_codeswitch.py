@@ -71,7 +71,10 @@ def data(tmp_path):
 def arguments(folder, **values) -> CodeswitchArguments:
     options = {"targets": ["english"], "languages": ["de", "es", "zh"], "words": 60, "similarity": -1.0, **values}
     return CodeswitchArguments(
-        data=str(folder / "in.parquet"), output=str(folder / "out.parquet"), encoder=str(folder / "encoder"), **options
+        data=[str(folder / "in.parquet")],
+        output=str(folder / "out.parquet"),
+        encoder=str(folder / "encoder"),
+        **options,
     )
 
 
@@ -102,7 +105,19 @@ def test_the_same_seed_gives_the_same_rows_and_a_finished_file_stays(data, capsy
     assert (data / "out.parquet").read_bytes() == first
 
 
+def test_several_files_are_put_together(data):
+    tiny_retriever(data / "encoder")
+    Dataset.from_list(
+        [{"target": "more", "query": "how the house", "documents": ["c", "d"], "labels": [0.5, 0.0]}]
+    ).to_parquet(str(data / "more.parquet"))
+    args = arguments(data, targets=["more"], share=0.0)
+    args.data.append(str(data / "more.parquet"))
+    main(args)
+    rows = load_dataset("parquet", data_files=args.output, split="train")
+    assert sorted(rows["target"]) == ["english"] * 20 + ["more"] + ["other"] * 20
+
+
 def test_an_unknown_target_is_named_before_any_work(data, monkeypatch):
     monkeypatch.setattr(codeswitch, "word_pairs", lambda args: pytest.fail("work began"))
-    with pytest.raises(ValueError, match=r"has no target \['spanish'\]; it has \['english', 'other'\]"):
+    with pytest.raises(ValueError, match=r"No target \['spanish'\] in the data; there are \['english', 'other'\]"):
         main(arguments(data, targets=["spanish"]))

@@ -1,8 +1,9 @@
+import json
 import shutil
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,8 +97,6 @@ def run(made, output, loss="kl", **changes):
 
 @pytest.mark.parametrize("loss", ["kl", "margin"])
 def test_training_lowers_the_loss_and_writes_a_folder_that_ranks(made, tmp_path, loss):
-    import json
-
     out = run(made, tmp_path / "model", loss)
     history = [
         row["loss"] for row in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in row
@@ -114,12 +113,30 @@ def test_a_resumed_run_equals_an_unbroken_one(made, tmp_path):
     whole = run(made, tmp_path / "whole")
     broken = tmp_path / "broken"
     broken.mkdir()
-    shutil.copytree(whole / "checkpoint-20", broken / "checkpoint-20")  # all that a run stopped at step 25 leaves
+    # All that a run stopped at step 25 leaves.
+    shutil.copytree(whole / "checkpoint-20", broken / "checkpoint-20")
+    shutil.copy(whole / "training.json", broken)
     run(made, broken)
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_a_run_of_other_settings_is_not_taken_up(made, tmp_path):
+    """Its checkpoints would be gone on from, and their weights be taken for those of the new settings."""
+    out = run(made, tmp_path / "model")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"other settings \(loss changed\)"):
+        run(made, out, loss="margin")
+    data = tmp_path / "made"
+    shutil.copytree(made, data)
+    load_dataset("parquet", data_files=str(made / "data.parquet"), split="train").select(range(5)).to_parquet(
+        str(data / "data.parquet")
+    )
+    with pytest.raises(FileExistsError, match=r"\(train_data changed\)"):
+        run(data, out)
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_frozen_parameters_stay_and_others_move(made, tmp_path):
