@@ -1,4 +1,4 @@
-# make demo   rank a few documents in eight languages with the released Nano
+# make demo   rank a few documents in eight languages with the released Nano, then open the page
 # make test   lint, types and all tests
 # make bench  pairs per second beside other ways to run the same model
 VENV ?= .venv
@@ -13,6 +13,8 @@ demo: $(VENV)/demo-installed
 	@$(QUERIT) rank "¿Cómo hago que la batería dure más?" examples/documents.jsonl --top-k 4 --table
 	@$(QUERIT) rank "海为什么会涨潮？" examples/documents.jsonl --top-k 4 --table
 	@echo 'Your own: $(QUERIT) rank "a question" FILE...   (text lines, JSONL or CSV)'
+	@# On a terminal the page is served until Ctrl+C; elsewhere nobody could end it.
+	@if [ -t 1 ]; then $(QUERIT) demo; else echo 'In a browser: $(QUERIT) demo   (prints the address to open)'; fi
 
 test: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
@@ -28,11 +30,11 @@ $(VENV)/bin/python:
 
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@$(PIP) -e .
+	@$(PIP) -e ".[space]"
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[recipes,ray,test]"
+	$(PIP) -e ".[recipes,onnx,ray,space,test]"
 	@touch $@ $(VENV)/demo-installed
 
 clean:

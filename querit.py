@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -72,18 +72,36 @@ def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tup
             raise fail(f"{place}: neither a string nor an object with a text under {column!r}; see --column.")
 
 
+def named(model: str | None) -> str:
+    """The folder or Hub repo that a name stands for; the released Nano's own name, or none, is Nano."""
+    if model is None or (model == RELEASED.name and not Path(model).exists()):
+        return str(RELEASED) if RELEASED.exists() else HUB_ID
+    return model
+
+
 def load_ranker(model: str, revision: str | None):
     """The pipeline over a folder or Hub repo, with the code installed here: no remote code is run."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    from hub_card.download import download
     from modeling_querit.modeling_querit import QueritForSequenceClassification
     from modeling_querit.pipeline_querit import TextRankingPipeline
 
     logging.disable_progress_bar()
+    if model.endswith(".onnx"):
+        try:
+            from hub_card.exported_onnx import load_onnx_ranker
+
+            return load_onnx_ranker(model)
+        except ImportError as error:
+            raise fail(f"{error}. An .onnx file needs the extra: pip install querit-reranker[onnx]") from None
+        except (OSError, ValueError) as error:
+            raise fail(str(error)) from None
     try:
-        network = QueritForSequenceClassification.from_pretrained(model, revision=revision or "main", dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+        folder = Path(model) if Path(model).exists() else download(model, revision)
+        network = QueritForSequenceClassification.from_pretrained(folder, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise fail(str(error)) from None
     return TextRankingPipeline(network, tokenizer=tokenizer)
@@ -97,7 +115,9 @@ def rank(
     as_json: Annotated[
         bool | None, typer.Option("--json/--table", help="JSON lines or a table; a table on a terminal if not given.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or Hub repo; Nano if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hub repo or .onnx file of an export; Nano if not given.")
+    ] = None,
     instruction: Annotated[str | None, typer.Option(help="What relevance means here.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hub repo.")] = None,
     column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
@@ -106,7 +126,7 @@ def rank(
     rows = list(read_documents(files, column))
     if not rows:
         raise fail("no documents: the input is empty.")
-    ranker = load_ranker(model or (str(RELEASED) if RELEASED.exists() else HUB_ID), revision)
+    ranker = load_ranker(named(model), revision)
     try:
         results = ranker(query, [document for _, document in rows], top_k=top_k, instruction=instruction)
     except (TypeError, ValueError, MemoryError) as error:
@@ -192,7 +212,7 @@ def evaluate(
         revisions[name] = commit
         return name
 
-    paths = [unpinned(model) for model in models]
+    paths = [named(unpinned(model)) for model in models]
     names = [Path(path).resolve().name for path in paths]
     try:
         arguments = EvaluateArguments(
@@ -208,7 +228,7 @@ def evaluate(
             max_length=max_length,
         )
         measure(arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise fail(str(error)) from None
     typer.echo((output / "results.md").read_text(encoding="utf-8"))
 
@@ -247,7 +267,7 @@ def adapt(
 
     arguments = AdaptArguments(
         documents=str(documents),
-        model=model or (str(RELEASED) if RELEASED.exists() else HUB_ID),
+        model=named(model),
         output=str(output),
         revision=revision,
         generator=generator,
@@ -259,8 +279,148 @@ def adapt(
     )
     try:
         run(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise fail(str(error)) from None
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Release folder, as `querit build` makes it.")],
+    repo: Annotated[str, typer.Argument(help="Hub repo: NAMESPACE/NAME. Made if there is none.")],
+    private: Annotated[bool, typer.Option(help="Make a new repo private; refuse one that is public.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if new; main if not given.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request to main instead.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only show what would change.")] = False,
+    yes: Annotated[bool, typer.Option(help="Change and delete files there without asking.")] = False,
+) -> None:
+    """Verify a release folder, show what would change on the Hub, upload it, and tag main with the version."""
+    from hub_card.publish import plan_release, upload
+
+    try:
+        plan = plan_release(folder, repo, private, revision, create_pr, dry_run)
+        typer.echo(plan)
+        if dry_run:
+            typer.echo("Dry run: nothing was changed.")
+            return
+        if plan.overwrites and not yes and not typer.confirm(f"Change what {repo} has there?"):
+            raise fail("nothing was published.")
+        typer.echo(upload(plan))
+    except typer.Abort:
+        raise fail("nobody answered, and nothing was published. --yes publishes without asking.") from None
     except (OSError, ValueError) as error:
         raise fail(str(error)) from None
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a Querit reranker.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[Literal["vllm", "onnx"], typer.Option(help="The engine.")],
+) -> None:
+    """Write a reranker for another engine, once its scores there are checked against the model's.
+
+    vllm: a causal member (qwen3, deepseek_v3) as a classifier with one label. Order and probability are kept; Querit's
+    score is 2 * probability - 1. In transformers' own class, which has no bias, the order alone is kept, until
+    score_bias of config.json is added to its logits.
+
+    onnx: a bidirectional member (bert, as Nano), head included. onnx/model.onnx keeps order, score and probability;
+    onnx/model_int8.onnx is smaller and keeps them nearly. Needs the extra: pip install querit-reranker[onnx]
+    """
+    from hub_card.export import export as write
+
+    try:
+        write(source, output, to)
+    except ImportError as error:
+        raise fail(f"{error}. `--to onnx` needs the extra: pip install querit-reranker[onnx]") from None
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    typer.echo(f"{output}: README.md there says how to run it and what it keeps.")
+
+
+@app.command()
+def build(
+    checkpoint: Annotated[str, typer.Argument(help="Trained checkpoint, or a release: folder or Hub repo.")],
+    folder: Annotated[Path, typer.Argument(help="Release folder to write; a model that stands there is replaced.")],
+    card: Annotated[
+        str | None, typer.Option(help="Member whose card it gets; by the names of the folders if not given.")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Results for the card: output_dir of recipes.evaluate.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest pair in tokens; the tokenizer's if not given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hub repo.")] = None,
+) -> None:
+    """Make the exact folder that is uploaded: weights, code, prompt, card, results, checksums."""
+    from hub_card.build import DTYPES
+    from hub_card.build import build as write
+    from hub_card.card import member_of, render
+
+    if dtype not in DTYPES:
+        raise fail(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}.")
+    member = card or member_of(checkpoint, folder)
+    try:
+        write(
+            checkpoint,
+            folder,
+            lambda built: render(built, member, results),
+            max_length=max_length,
+            revision=revision,
+            dtype=DTYPES[dtype],
+        )
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+    typer.echo(f"{folder}: {f'the card of {member}' if member else 'a plain card'}. Check it: querit verify {folder}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Release folder.")]) -> None:
+    """Check a release folder: hashes, tensors, code, card, and that every engine scores the same."""
+    from transformers.utils import logging
+
+    from hub_card.verify import report
+
+    logging.disable_progress_bar()
+    found = 0
+    for name, problems in report(folder):
+        typer.echo(f"{'wrong' if problems else 'ok':6}{name}")
+        for problem in problems:
+            typer.echo(f"      {problem}", err=True)
+        found += len(problems)
+    if found:
+        raise fail(f"{folder} has {found} problem{'s' if found > 1 else ''}.")
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER or NAME=REPO@COMMIT; several to compare; Nano if not given.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; only this machine if not given.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; a free one from 7860 on if not given.")] = None,
+) -> None:
+    """Open the page: rank, explain, compare and measure in a browser."""
+    try:
+        from space_app.app import start
+        from space_app.models import configured
+    except ImportError as error:
+        raise fail(f"{error}. `querit demo` needs the extra: pip install querit-reranker[space]") from None
+    try:
+        start(configured(model), host, port)
+    except (OSError, ValueError) as error:
+        raise fail(str(error)) from None
+
+
+@app.command()
+def space(folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")]) -> None:
+    """Write the folder that is uploaded as a Hugging Face Space."""
+    from space_app.export import export
+
+    try:
+        export(folder)
+    except OSError as error:
+        raise fail(str(error)) from None
+    typer.echo(f"{folder}: upload it with hf upload USER/SPACE {folder} . --repo-type space")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
@@ -170,15 +170,13 @@ def check_keys(source: Path, found: dict[str, Shape]) -> None:
             raise ValueError(f"{source} has no {key}: a backbone without the relevance head. Give a Querit checkpoint.")
         if found[key] != shape:
             raise ValueError(f"{key} has the shape {[*found[key]]}; Querit's head has {[*shape]}. Give its checkpoint.")
-    with torch.device("meta"):
-        model = QueritForSequenceClassification(config)
-    # In memory the experts of a layer are one tensor, on disk there is one for each.
-    expected = {key: tuple(value.shape) for key, value in revert_weight_conversion(model, model.state_dict()).items()}
+    expected = expected_shapes(config)
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ValueError(f"{source} lacks {listed(missing)}. Download it again, or correct its config.json.")
     # What transformers leaves out by itself, such as the layer for multi-token prediction of DeepSeek-V3.
-    ignored = [r"^lm_head\.weight$", *(model.model._keys_to_ignore_on_load_unexpected or ())]
+    backbone = QueritForSequenceClassification._backbone_class(config)
+    ignored = [r"^lm_head\.weight$", *(backbone._keys_to_ignore_on_load_unexpected or ())]
     unexpected = sorted(
         key for key in found.keys() - expected.keys() if not any(re.search(pattern, key) for pattern in ignored)
     )
@@ -190,6 +188,14 @@ def check_keys(source: Path, found: dict[str, Shape]) -> None:
     reshaped = [f"{key} {[*found[key]]} for {[*shape]}" for key, shape in expected.items() if found[key] != shape]
     if reshaped:
         raise ValueError(f"{source} has weights of another shape than config.json says: {listed(reshaped)}.")
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
+    """The tensors, as they are saved, of the reranker with this config; nothing of it is in memory."""
+    with torch.device("meta"):
+        model = QueritForSequenceClassification(config)
+    # In memory the experts of a layer are one tensor, on disk there is one for each.
+    return {key: tuple(value.shape) for key, value in revert_weight_conversion(model, model.state_dict()).items()}
 
 
 def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:

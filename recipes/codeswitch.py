@@ -11,7 +11,7 @@ frequent words of both languages. Mutual ones alone would leave out all but one 
 
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from trl import TrlParser
+
+from recipes.records import already_made, write_parquet
 
 WRITTEN_WITHOUT_SPACES = ("zh", "ja")
 
@@ -105,8 +107,7 @@ def word_pairs(args: CodeswitchArguments) -> dict[str, dict[str, str]]:
 
 def main(args: CodeswitchArguments) -> None:
     out = Path(args.output)
-    if out.exists():
-        print(f"{out} is there already; delete it to make it again.")
+    if already_made(out, asdict(args)):
         return
     data = load_dataset("parquet", data_files=args.data, split="train")
     if missing := set(args.targets) - set(data.unique("target")):
@@ -127,9 +128,7 @@ def main(args: CodeswitchArguments) -> None:
             rows.append({**row, "query": text})
     rng.shuffle(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".writing")
-    Dataset.from_list(rows, features=data.features).to_parquet(str(aside))
-    aside.rename(out)
+    write_parquet(Dataset.from_list(rows, features=data.features), out, asdict(args))
     sizes = ", ".join(f"{language} {len(words):,}" for language, words in pairs.items())
     print(f"{out}: {switched:,} of {len(rows):,} queries switched; word pairs: {sizes}")
 

@@ -5,9 +5,7 @@ text and Markdown files.
 """
 
 import csv
-import gzip
 import itertools
-import json
 import re
 from array import array
 from collections import Counter
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from markdown_it import MarkdownIt
 
-from recipes.data import read_jsonl
+from recipes.data import read_json_lines
 
 FORMS = "a BEIR folder, a .jsonl, .jsonl.gz, .csv or .tsv file, or a folder of .txt and .md files"
 # A short text tells little: with all of the detector's 140 languages in play, noise would choose a rare one.
@@ -31,6 +29,7 @@ COMMON_LANGUAGES = {
 SHORT = 150  # UTF-8 bytes
 RELIABLE = 24  # UTF-8 bytes under which a text's language is not judged
 UNDETERMINED = "und"
+TAB = "\t"
 
 
 def stable_hash(*parts: object) -> int:
@@ -50,7 +49,7 @@ def read_documents(path: str | Path, counts: Counter[str] | None = None) -> Iter
     JSONL: the text stands under `text`, the id under `_id` or `id` (else the line's number), `title` may be missing.
     CSV and TSV: the same as columns. Text files: the id is the path inside the folder, a Markdown file's first heading
     its title. Raises ValueError for equal ids (after the last document), text that is not UTF-8, rows without text,
-    nothing found.
+    rows of a table that have more fields than columns or quotes out of place, nothing found.
     """
     path, counts = Path(path), Counter() if counts is None else counts
     hashes, empty = array("Q"), 0  # 8 bytes a document, where a set of ids would take a hundred
@@ -79,13 +78,12 @@ def read_all(path: Path) -> Iterator[dict]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. What can be read: {FORMS}.")
     if path.is_dir():
-        if (path / "corpus.jsonl").exists() or (path / "corpus.jsonl.gz").exists():
-            return (document_of(row, n, path) for n, row in enumerate(read_jsonl(path, "corpus"), 1))
-        return read_text_files(path)
+        corpus = [file for file in (path / "corpus.jsonl", path / "corpus.jsonl.gz") if file.exists()]
+        return read_all(corpus[0]) if corpus else read_text_files(path)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return read_json_lines(path)
+        return (document_of(row, number, path) for number, row in read_json_lines(path))
     if name.endswith((".csv", ".tsv")):
-        return read_table(path, "\t" if name.endswith(".tsv") else ",")
+        return read_table(path, TAB if name.endswith(".tsv") else ",")
     raise ValueError(f"{path} is of no kind that can be read: {FORMS}.")
 
 
@@ -98,26 +96,28 @@ def document_of(row: object, number: int, path: Path) -> dict:
     return {"_id": str(key), "title": str(row.get("title") or "").strip(), "text": text}
 
 
-def read_json_lines(path: Path) -> Iterator[dict]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:  # type: ignore[operator]
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                yield document_of(row, number, path)
-
-
 def read_table(path: Path, delimiter: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that csv expects
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        if "text" not in (rows.fieldnames or ()):
-            raise ValueError(f"{path} has no column `text`; its columns are {rows.fieldnames}. Rename one.")
-        for number, row in enumerate(rows, 1):
-            yield document_of({**row, "text": row["text"] or ""}, number, path)
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        line = 1  # where a row begins: a quote that is not closed runs on to the end
+        try:
+            if "text" not in (rows.fieldnames or ()):
+                raise ValueError(f"{path} has no column `text`; its columns are {rows.fieldnames}. Rename one.")
+            line = rows.line_num + 1
+            for number, row in enumerate(rows, 1):
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {line}: more fields than columns. Put text that holds a "
+                        f"{'tab' if delimiter == TAB else 'comma'} in double quotes."
+                    )
+                yield document_of({**row, "text": row["text"] or ""}, number, path)
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {line}: {error}. A field that begins with a quote must end with one, and quotes inside "
+                "it must be doubled."
+            ) from error
 
 
 def read_text_files(folder: Path) -> Iterator[dict]:

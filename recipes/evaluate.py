@@ -55,7 +55,8 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Folder of the result files."})
     data: list[str] = field(default_factory=list, metadata={"help": "BEIR folders with qrels."})
     tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of mteb, or benchmarks: their reranking or retrieval tasks."}
+        default_factory=list,
+        metadata={"help": "Tasks of mteb, MIRACL, or benchmarks: their reranking or retrieval tasks."},
     )
     retriever: str = field(
         default="Qwen/Qwen3-Embedding-0.6B",
@@ -219,6 +220,8 @@ def evaluate(args: EvaluateArguments) -> dict:
     sets = judged_sets(args.tasks, args.data, args.split)
     models = {name: find_weights(path, args.revisions.get(path)) for name, path in args.models.items()}
     if args.retriever == retrieval.BM25:
+        if not models:
+            raise ValueError("retriever is bm25, which counts the first model's tokens: models must name one.")
         tokens = next(iter(models.values()))
         retriever = Weights(tokens.path, tokens.revision, f"{retrieval.BM25} {tokens.fingerprint}")
     else:

@@ -17,8 +17,11 @@ from tqdm import tqdm
 from trl import TrlParser
 
 from recipes.documents import stable_hash
+from recipes.records import already_made
+from recipes.shards import write_aside
 
 KEYS = {"path", "revision", "config", "split", "documents", "documents_only"}
+REPORT = "fetch.json"
 
 
 @dataclass
@@ -73,14 +76,13 @@ def write_beir(entry: dict, folder: Path) -> None:
 def main(args: FetchArguments) -> None:
     for name, entry in args.datasets.items():
         check(name, entry)
-    for name, entry in args.datasets.items():
-        folder = Path(args.output_dir) / name
-        if folder.exists():
-            print(f"{folder} is there already; delete it to fetch it again.")
-            continue
+    folders = {name: Path(args.output_dir) / name for name in args.datasets}
+    for name in [name for name, entry in args.datasets.items() if not already_made(folders[name], entry, REPORT)]:
+        entry, folder = args.datasets[name], folders[name]
         aside = folder.with_name(f"{name}.writing")
         shutil.rmtree(aside, ignore_errors=True)
         write_beir(entry, aside)
+        write_aside(aside / REPORT, json.dumps({"settings": entry}, indent=1) + "\n")
         aside.rename(folder)
         print(f"{folder}: {entry['path']} at {entry['revision']}", flush=True)
 

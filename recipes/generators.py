@@ -2,7 +2,7 @@
 
 A generator is an entry of `generators` in recipes.mine's YAML: its `kind` and the fields of that kind's settings below.
 Each has a method `queries(items) -> one list of (kind, query, why dropped or "") per item`; an item is a document with
-`id`, `title`, `text` and `language`.
+`id`, `title`, `text` and `language`. Of a document that a server refuses, REFUSED is why, and its words are the query.
 """
 
 import os
@@ -20,6 +20,8 @@ from recipes.queries import kind_of, read_answer, why_dropped
 
 PROMPTS = Path(__file__).with_name("prompts")
 Queries = list[tuple[str, str, str]]
+REFUSED = "refused"
+ALIKE = 8  # so many documents are not all refused for what they say
 
 
 @dataclass
@@ -180,6 +182,12 @@ class LocalGenerator:
         return [found[i] for i in range(len(items))]
 
 
+def all_refused(server: str, documents: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{server} refused each of the first {documents} documents ({reason}). Correct the generator's settings."
+    )
+
+
 class OpenAIGenerator:
     """A server that speaks OpenAI's chat completions: vLLM, DeepSeek, OpenAI, llama.cpp."""
 
@@ -195,7 +203,7 @@ class OpenAIGenerator:
             raise ValueError(
                 f"The environment variable {settings.api_key_env} is not set; it must hold the server's key."
             )
-        self.failures = openai.OpenAIError
+        self.openai, self.answered = openai, False
         self.client = openai.OpenAI(
             api_key=self.key, base_url=settings.base_url, max_retries=settings.max_retries, timeout=settings.timeout
         )
@@ -222,11 +230,17 @@ class OpenAIGenerator:
                 max_tokens=self.settings.new_tokens,
                 seed=stable_hash(self.seed, item["id"]) % 2**31,
             )
-        except self.failures as error:
+        except self.openai.OpenAIError as error:
             reason = f"{type(error).__name__}: {error}".replace(self.key, "...")
+            if isinstance(error, self.openai.BadRequestError):  # a content filter, or too long a document
+                return [("", reason, REFUSED)]
+            status = getattr(error, "status_code", 500)  # none where there was no connection
+            tried = f"gave no answer in {self.settings.max_retries + 1} tries"
+            if status < 500 and status not in (408, 409, 429):  # the client does not try again
+                tried = "takes no requests of this kind"
             raise RuntimeError(
-                f"{self.client.base_url} gave no answer in {self.settings.max_retries + 1} tries ({reason}). What is "
-                "finished is kept: run the stage again when the server answers."
+                f"{self.client.base_url} {tried} ({reason}). What is finished is kept: run the stage again when the "
+                "server answers."
             ) from None  # the client's own error may quote the key
         choice = completion.choices[0]
         finished = choice.finish_reason != "length"
@@ -234,7 +248,12 @@ class OpenAIGenerator:
 
     def queries(self, items: list[dict]) -> list[Queries]:
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            return list(pool.map(self.ask, items))
+            found = list(pool.map(self.ask, items))
+        refused = [reason for queries in found for _, reason, dropped in queries if dropped == REFUSED]
+        self.answered = self.answered or len(refused) < len(items)
+        if not self.answered and len(items) >= ALIKE:
+            raise all_refused(str(self.client.base_url), len(items), refused[0])
+        return found
 
 
 class QueryWriter:

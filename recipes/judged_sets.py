@@ -20,6 +20,8 @@ from recipes.data import read_corpus, read_qrels, read_queries, read_top_ranked
 from recipes.shards import file_hash
 
 METRIC = re.compile(r"(ndcg|map|mrr|recall|precision|hit_rate)_at_(\d+)")  # main scores that have a value per query
+# What papers call a set -> mteb's task. MIRACL's whole corpora have some 100 million passages: too many to encode.
+ALIASES = {"MIRACL": "MIRACLRetrievalHardNegatives"}
 # What an encoder that takes instructions is told of a folder, as Qwen3-Embedding words it.
 ENCODER_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -70,7 +72,7 @@ class BeirFolder(AbsTaskRetrieval):
 def tasks_named(name: str) -> list[AbsTask]:
     """mteb's task of that name, or of a benchmark its reranking tasks (its retrieval tasks, where it has no such)."""
     try:
-        return [mteb.get_task(name)]
+        return [mteb.get_task(ALIASES.get(name, name))]
     except KeyError:
         pass
     try:

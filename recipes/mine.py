@@ -5,7 +5,7 @@
 A sample of the documents is asked, by every generator (recipes.generators). Filters leave out what is no search query
 for just that document; `mine.json` counts each: see `why_dropped` in recipes.queries, and here duplicates, queries that
 several documents gave, and the round trip: queries that do not bring their own document back among the retriever's
-first. A run that was stopped goes on; its pieces stand in `<output_dir>.work`.
+first; and the documents that a server refused. A run that was stopped goes on; its pieces stand in `<output_dir>.work`.
 """
 
 import heapq
@@ -26,9 +26,9 @@ from trl import TrlParser
 from recipes.crops import count_terms
 from recipes.data import read_jsonl
 from recipes.documents import detect_language, joined, read_documents, stable_hash
-from recipes.generators import CropSettings, QueryWriter, name_of, read_settings
+from recipes.generators import REFUSED, CropSettings, OpenAISettings, QueryWriter, all_refused, name_of, read_settings
 from recipes.queries import normalise
-from recipes.records import content_hash
+from recipes.records import already_made, content_hash, what_counts
 from recipes.shards import read_rows, run_shards, write_aside, write_items
 
 ITEMS = pa.schema(
@@ -42,6 +42,7 @@ WRITTEN = pa.schema(
 QUERIES = WRITTEN.append(pa.field("generator", pa.string()))
 TERM_DOCUMENTS = 10_000  # documents that tell how common a word is
 LAST = 2**64 - 1  # the largest hash
+REPORT = "mine.json"
 FILTERS = (
     "echo",
     "cut",
@@ -96,6 +97,8 @@ def check(args: MineArguments) -> None:
     for name in ("queries_per_document", "shard_size", "workers"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1.")
+    if args.sample is not None and args.sample < 1:
+        raise ValueError(f"sample is {args.sample}; it must be at least 1, or null to ask all documents.")
     if not 0 <= args.held_aside < 1:
         raise ValueError(f"held_aside is {args.held_aside}; it must be at least 0 and under 1.")
     if args.round_trip_top_k and args.retriever == "bm25" and not args.retriever_tokenizer:
@@ -150,7 +153,6 @@ def asked_documents(folder: Path, limit: int, args: MineArguments, counts: Count
             continue
         language = language_of(document, args.languages)
         if language is None:
-            counts["other_language"] += 1
             continue
         counts["asked"] += 1
         counts[f"asked_{language}"] += 1
@@ -172,19 +174,31 @@ def write_queries(args: MineArguments, work: Path) -> list[Path]:
     terms, folders = work / "terms.npy", []
     for number, entry in enumerate(args.generators):
         folders.append(work / f"written-{number}")
-        settings = {"generator": entry, "count": args.queries_per_document, "seed": args.seed}
         read = read_settings(entry)
+        generator = {"kind": entry["kind"], **what_counts(asdict(read))}
         if isinstance(read, CropSettings):
-            settings["terms"] = content_hash(terms)
+            generator["terms"] = content_hash(terms)
         else:
-            settings["prompts"] = content_hash(read.prompts)
-            settings["model"] = content_hash(read.model) if Path(read.model).is_dir() else read.model
+            generator["prompts"] = content_hash(read.prompts)
+            generator["model"] = content_hash(read.model) if Path(read.model).is_dir() else read.model
+        settings = {"generator": generator, "count": args.queries_per_document, "seed": args.seed}
         make_worker = partial(QueryWriter, entry, args.queries_per_document, args.seed, str(terms.resolve()))
         run_shards(
             make_worker, work / "items.parquet", folders[-1], WRITTEN, settings, args.engine, args.workers,
             description=name_of(entry),
         )  # fmt: skip
+        if isinstance(read, OpenAISettings):
+            check_answered(name_of(entry), folders[-1], pq.read_metadata(work / "items.parquet").num_rows)
     return folders
+
+
+def check_answered(name: str, folder: Path, documents: int) -> None:
+    """ValueError if a server refused every document. It is to be asked again: the shards are removed."""
+    reasons = (row["text"] for row in read_rows(folder) if row["dropped"] == REFUSED)
+    reason = next(reasons, None)
+    if reason is not None and 1 + sum(1 for _ in reasons) == documents:
+        shutil.rmtree(folder)
+        raise all_refused(name, documents, reason)
 
 
 def unique_queries(names: list[str], folders: list[Path], counts: dict[str, Counter[str]]) -> Iterator[dict]:
@@ -197,6 +211,11 @@ def unique_queries(names: list[str], folders: list[Path], counts: dict[str, Coun
                 source[key] = row["row"] if source.get(key, row["row"]) == row["row"] else -1
     for name, folder in zip(names, folders, strict=True):
         for row in read_rows(folder):
+            if row["dropped"] == REFUSED:
+                if not counts[name][REFUSED]:
+                    print(f"{name} refused document {row['id']}: {row['text']}")
+                counts[name][REFUSED] += 1
+                continue
             counts[name]["written"] += 1
             key = stable_hash(normalise(row["text"]))
             reason = row["dropped"] or {-1: "ambiguous", -2: "duplicate"}.get(source[key], "")
@@ -271,7 +290,7 @@ def report(counts: Counter[str], names: list[str], filters: dict[str, Counter[st
 
     generators: dict[str, dict] = {
         name: {"written": filters[name]["written"], "dropped": {f: filters[name][f] for f in FILTERS}}
-        | {"kept": filters[name]["kept"]}
+        | {"kept": filters[name]["kept"], REFUSED: filters[name][REFUSED]}
         for name in names
     }
     found = {
@@ -288,17 +307,18 @@ def report(counts: Counter[str], names: list[str], filters: dict[str, Counter[st
     for name, generator in generators.items():
         dropped = ", ".join(f"{n:,} {f}" for f, n in generator["dropped"].items() if n) or "none"
         print(f"{name}: {generator['written']:,} queries written, {generator['kept']:,} kept; dropped: {dropped}")
+        if generator[REFUSED]:
+            print(f"{name}: {generator[REFUSED]:,} documents refused by the server")
     return found
 
 
 def main(args: MineArguments) -> None:
     out = Path(args.output_dir)
     work = out.with_name(f"{out.name}.work")
-    if out.exists():
-        print(f"{out} is there already; delete it to make it again.")
+    check(args)
+    if already_made(out, asdict(args), REPORT):
         shutil.rmtree(work, ignore_errors=True)  # a run may have been stopped just before it
         return
-    check(args)
     folder = work / "folder"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -327,7 +347,7 @@ def main(args: MineArguments) -> None:
         raise ValueError(
             f"No query is left, so {out} is not written. What was written stands in {work}, with the reasons."
         )
-    write_aside(folder / "mine.json", json.dumps({**summary, "settings": asdict(args)}, indent=1) + "\n")
+    write_aside(folder / REPORT, json.dumps({**summary, "settings": asdict(args)}, indent=1) + "\n")
     folder.rename(out)
     shutil.rmtree(work)
     print(f"{out}: {totals['train']:,} queries to train with, {totals['test']:,} held aside")

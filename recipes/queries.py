@@ -6,7 +6,6 @@ import unicodedata
 
 from recipes.documents import is_other_language, joined
 
-KINDS = ("keywords", "question", "request")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff々"
 TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 MAX_WORDS = 64

@@ -1,6 +1,7 @@
 """What an output was made from: its stage's config, code and inputs, kept beside it in `<output>.run.json`.
 
-A record says `started` while its stage runs and `done` once the output is whole, with the output's own hash.
+A record says `started` while its stage runs and `done` once the output is whole, with the output's own hash. Some
+outputs tell by themselves what settings made them: see `already_made`.
 """
 
 import ast
@@ -9,9 +10,14 @@ import json
 from collections.abc import Iterable
 from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
 
 from recipes.shards import file_hash, write_aside
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
 # Files that a module reads by itself, without being told by a config.
@@ -19,6 +25,13 @@ CODE_DATA = {
     "recipes/backbone.py": "modeling_querit/chat_template.jinja",
     "recipes/generators.py": "recipes/prompts/*.txt",
 }
+# Settings that say where an output goes and how the work on it is done: whatever they are, the output is the same.
+OF_NO_ACCOUNT = {
+    "output", "output_dir", "engine", "workers",
+    # of a server that writes queries
+    "base_url", "api_key_env", "concurrency", "requests_per_minute", "max_retries", "timeout",
+}  # fmt: skip
+ROWS = 1024  # written at once
 
 
 def record_path(output: Path) -> Path:
@@ -79,19 +92,65 @@ def fingerprint(config: dict, script: Path, inputs: Iterable[str]) -> dict[str, 
     }
 
 
+def what_counts(config: Any) -> Any:
+    """A config without the settings of no account, and without those of its lists' entries (generators, teachers)."""
+    if not isinstance(config, dict):
+        return config
+    kept = {
+        key: [what_counts(entry) for entry in value] if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in OF_NO_ACCOUNT
+    }
+    # A teacher behind a server is another than one that is loaded; where it is served does not matter.
+    return kept | {"url": "given"} if kept.get("url") else kept
+
+
+def changed_keys(old: dict, new: dict) -> list[str]:
+    # As text: the order of a list's or a mapping's entries may matter to a stage.
+    return [key for key in {**old, **new} if json.dumps(old.get(key)) != json.dumps(new.get(key))]
+
+
 def difference(old: dict, new: dict) -> str | None:
     """The first part in which two fingerprints differ, in words, or None."""
     for part, word in (("config", "config"), ("inputs", "input"), ("code", "code")):
-        keys = [
-            key
-            for key in {**old[part], **new[part]}
-            # As text: the order of a list's or a mapping's entries may matter to a stage.
-            if json.dumps(old[part].get(key)) != json.dumps(new[part].get(key))
-        ]
-        if keys:
+        if keys := changed_keys(*((what_counts(x[part]) if part == "config" else x[part]) for x in (old, new))):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             return f"{word} changed: {', '.join(keys[:3])}{more}"
     return None
+
+
+def already_made(output: Path, settings: dict, report: str | None = None) -> bool:
+    """Whether an output is there, made with these settings.
+
+    They stand under `settings` in a folder's file `report`, or in a Parquet file's schema, as `write_parquet` puts them
+    there. Raises FileExistsError if the output was made with others, or nothing tells how it was made.
+    """
+    if not output.exists():
+        return False
+    stored = None
+    if report is None:
+        stored = json.loads((pq.read_schema(output).metadata or {}).get(b"settings", b"null"))
+    elif (output / report).exists():
+        stored = json.loads((output / report).read_text(encoding="utf-8")).get("settings")
+    why = "nothing tells how it was made"
+    if stored is not None:
+        keys = changed_keys(what_counts(stored), what_counts(settings))
+        if not keys:
+            print(f"{output} is there already; delete it to make it again.")
+            return True
+        why = f"it was made with other settings ({', '.join(keys[:4])})"
+    raise FileExistsError(f"{output} is there already, and {why}. Move it away, or name another output.")
+
+
+def write_parquet(rows: "Dataset", path: Path, settings: dict) -> None:
+    """Write rows, with the settings that made them, into a Parquet file that appears only when it is whole."""
+    schema = rows.features.arrow_schema
+    noted = {b"settings": json.dumps(what_counts(settings), ensure_ascii=False).encode()}
+    aside = path.with_name(f"{path.name}.writing")
+    with pq.ParquetWriter(aside, schema.with_metadata({**(schema.metadata or {}), **noted})) as writer:
+        for batch in rows.with_format("arrow").iter(ROWS):
+            writer.write_table(batch)
+    aside.replace(path)
 
 
 def move_aside(output: Path, others: Iterable[Path]) -> Path | None:

@@ -30,6 +30,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from recipes.records import already_made, write_parquet
 from recipes.retrieval import BM25, build_index, load_index
 from recipes.shards import ENGINES, Rows, file_hash, run_shards
 from recipes.targets import Passages, Target, prepare, read_target
@@ -67,6 +68,7 @@ class ScoreArguments:
     tokenizer: str | None = field(
         default=None, metadata={"help": "Cuts passages, and words for bm25; the retriever's or teacher's if not given."}
     )
+    tokenizer_revision: str | None = field(default=None, metadata={"help": "Commit of a tokenizer from the Hub."})
     top_k: int = field(default=100, metadata={"help": "Passages retrieved per query."})
     selection: str = field(default="bins", metadata={"help": "bins (over the range of scores) or hardest (the best)."})
     bins: int = field(default=16, metadata={"help": "Equal intervals of the label range to draw candidates from."})
@@ -121,7 +123,7 @@ def first_stage(args: ScoreArguments, teachers: list[Teacher]) -> FirstStage:
         revision=revisions[retriever],
         trust_remote_code=same is not None and same.trust_remote_code,
         tokenizer=tokenizer,
-        tokenizer_revision=revisions.get(tokenizer),
+        tokenizer_revision=args.tokenizer_revision or revisions.get(tokenizer),
     )
 
 
@@ -238,17 +240,16 @@ def score_target(name: str, target: Target, folder: Path, teachers: list[Teacher
     return scored
 
 
-def gather(scored: list[Path], cache: Path, seed: int, output: Path) -> None:
+def gather(scored: list[Path], cache: Path, args: ScoreArguments) -> None:
     """Mix the rows of all shards into one Parquet file; they are mapped from disk, not held in memory."""
+    output = Path(args.output)
     shards = [path for folder in scored for path in sorted(folder.glob("shard-*.parquet"))]
     files = [str(path) for path in shards if pq.read_metadata(path).num_rows]
     if not files:
         raise ValueError("No query has candidates: the folders need judged queries, or the targets `crops`.")
     shutil.rmtree(cache, ignore_errors=True)  # half of one, if a run was killed here
-    rows = Dataset.from_parquet(files, cache_dir=str(cache)).shuffle(seed=seed, keep_in_memory=True)
-    aside = output.with_name(output.name + ".writing")
-    rows.to_parquet(str(aside))
-    aside.replace(output)
+    rows = Dataset.from_parquet(files, cache_dir=str(cache)).shuffle(seed=args.seed, keep_in_memory=True)
+    write_parquet(rows, output, asdict(args))
     pairs = pc.sum(pc.list_value_length(pq.read_table(output, columns=["labels"])["labels"]))
     print(f"{output}: {len(rows):,} queries, {pairs.as_py():,} pairs")
 
@@ -258,12 +259,10 @@ def main(args: ScoreArguments) -> None:
     targets = {name: read_target(name, settings) for name, settings in args.targets.items()}
     output = Path(args.output)
     work = output.with_name(output.name + ".work")
-    if output.exists():
-        print(f"{output} is there already; delete it to make it again.")
-    else:
+    if not already_made(output, asdict(args)):
         teachers = read_teachers(args.teachers)
         scored = [score_target(name, target, work / name, teachers, args) for name, target in targets.items()]
-        gather(scored, work / "cache", args.seed, output)
+        gather(scored, work / "cache", args)
     shutil.rmtree(work, ignore_errors=True)
 
 

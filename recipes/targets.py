@@ -200,6 +200,7 @@ def prepare(
     stored = folder / "target.json"
     if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) == key:
         return
+    stored.unlink(missing_ok=True)  # killed on the way, the files would be of two configs
     folder.mkdir(parents=True, exist_ok=True)
     seeded = f"{seed} {name}"
     rows = passages_of(target, tokenizer, passage_tokens, passages_per_document, seeded)

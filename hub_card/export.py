@@ -1,0 +1,157 @@
+"""A Querit folder -> a folder for another engine: vLLM or ONNX Runtime.
+
+An export is checked before it appears: the engine's prompt must be the model's, and a few probe pairs must score as the
+model scores them. What it keeps of the model stands in its export.json and README.md.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hub_card.convert import LEGAL_FILES, TOKENIZER_FILES, check_folders, read_headers, weight_files, write_json
+from modeling_querit.modeling_querit import QueritForSequenceClassification
+from modeling_querit.pipeline_querit import TextRankingPipeline
+from modeling_querit.prompting_querit import EncodedPair
+from modeling_querit.scoring_querit import score_pairs
+
+PROBES = {
+    "Why does the sea rise and fall twice a day?": [
+        "The Moon's pull raises two bulges of water, and the turning Earth carries every coast through both.",
+        "A lighthouse keeper noted wind and fog each morning.",
+        "Las mareas se deben a la atracción de la Luna y, en menor medida, del Sol.",
+        "Salt.",
+        "潮汐主要由月球的引力引起，每天有两次高潮和两次低潮。",
+        " ".join(["The harbour has twelve berths, a crane from 1911 and a café that opens at six."] * 5),
+    ],
+    "Wie lange hält ein Fahrradreifen?": [
+        "Ein guter Reifen hält 3.000 bis 6.000 km; zu wenig Luft verkürzt seine Lebensdauer.",
+        "Bicycle tyres last longer if they are kept at the right pressure and out of the sun.",
+        "Der Bäcker öffnet um sechs Uhr.",
+        "Шины нужно накачивать раз в две недели, иначе они изнашиваются быстрее.",
+        "図書館は毎朝九時に開きます。",
+        "Oil the chain, not the tyre.",
+    ],
+    "図書館は何時に開きますか": [
+        "図書館は平日の朝九時に開き、週末は休みです。",
+        "The library opens at nine on weekdays.",
+        "カメラを持って公園へ行きましょう。",
+        "도서관은 매일 아침 아홉 시에 문을 엽니다.",
+        "La panadería abre a las seis.",
+        "Zugvögel finden ihren Weg nach den Sternen.",
+    ],
+}
+# Largest difference of a float32 logit between two engines, as a share of the largest logit where that is over 1.
+TOLERANCE = 1e-4
+
+
+def export(source: str | Path, output: str | Path, to: str) -> Path:
+    """Write the folder `output` of the Querit folder `source` for the engine `to`, "vllm" or "onnx", and return it.
+
+    It appears complete and checked or not at all. Raises FileNotFoundError, FileExistsError or ValueError, naming what
+    is wrong and the fix, and ImportError where the packages of the extra `onnx` are missing.
+    """
+    source, output = Path(source), Path(output)
+    check_folders(source, output)
+    config = read_querit_config(source)
+    read_headers(weight_files(source))  # tells damaged files, and pickles
+    if to == "vllm":
+        from hub_card.export_vllm import write_vllm as write
+    elif to == "onnx":
+        from hub_card.export_onnx import write_onnx as write  # needs the extra
+    else:
+        raise ValueError(f"There is no export to {to!r}: it is vllm or onnx.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        write(source, config, folder)
+        os.replace(folder, output)
+    return output
+
+
+def read_querit_config(source: Path) -> dict:
+    """config.json as it stands. Raises FileNotFoundError, or ValueError for a folder of another kind."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no config.json. Give the folder of a Querit reranker.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Download it again.") from None
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    if QueritForSequenceClassification.__name__ not in (architectures or []):
+        raise ValueError(
+            f"{source} is no Querit reranker: its config.json names {architectures} as architectures. A checkpoint as "
+            "published is made one by `querit convert`."
+        )
+    return config
+
+
+def load_for_export(source: Path) -> tuple[QueritForSequenceClassification, PreTrainedTokenizerBase]:
+    """The model in float32, on the CPU, and its tokenizer."""
+    # Eager attention: in an exported graph it is a few plain products, and the scores are those of any other.
+    model = QueritForSequenceClassification.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def encode_probes(
+    model: QueritForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[str, str]], list[EncodedPair]]:
+    """The probes as texts and as the pipeline encodes them."""
+    ranker = TextRankingPipeline(model, tokenizer=tokenizer, device="cpu", dtype=torch.float32)
+    encoded = ranker.preprocess(list(PROBES.items()))
+    texts = [(query, document) for query, documents in PROBES.items() for document in documents]
+    return texts, [windows[0] for documents in encoded for windows in documents]
+
+
+def probe_logits(model, pairs: list[EncodedPair], pad_token_id: int | None) -> np.ndarray:
+    return score_pairs(model, pairs, pad_token_id).numpy()
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Of two engines' logits; raises ValueError where it is more than rounding."""
+    difference = float(np.abs(found - expected).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # nan, too, is too much
+        raise ValueError(
+            f"The export scores otherwise than the model: a logit differs by {difference:.2g}. Nothing was written; "
+            "please report it, with the versions of torch and transformers."
+        )
+    return difference
+
+
+def config_for_engines(config: dict, architecture: str) -> dict:
+    """config.json of a plain classifier with one label: no code of ours is named."""
+    ours = ("auto_map", "custom_pipelines", "classifier_pooling")
+    return {
+        **{key: value for key, value in config.items() if key not in ours},
+        "architectures": [architecture],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "num_labels": 1,
+    }
+
+
+def copy_tokenizer_and_licence(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for pattern in LEGAL_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_record(folder: Path, record: dict, texts: list[tuple[str, str]], logits: np.ndarray, readme: str) -> None:
+    """README.md and export.json; the model's own probabilities of the probes are for a check of whatever serves it."""
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    probes = [
+        {"query": query, "document": document, "probability": round(float(probability), 6)}
+        for (query, document), probability in zip(texts, probabilities, strict=True)
+    ]
+    write_json(folder / "export.json", {**record, "probes": probes})
+    (folder / "README.md").write_text(readme, encoding="utf-8")

@@ -1,0 +1,81 @@
+"""From a recipe's YAML files: which stages made a model, and what a card tells of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Stage(NamedTuple):
+    name: str  # of the YAML
+    config: dict[str, Any]
+
+    @property
+    def output(self) -> str:
+        return self.config.get("output_dir") or self.config.get("output") or ""
+
+
+def stages_of(recipe: Path, output: str) -> list[Stage]:
+    """The stages of a recipe's folder that `output` was made by, directly or not, in the order of their names.
+
+    Raises ValueError where no YAML writes `output`.
+    """
+    stages = [
+        Stage(path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))) for path in sorted(recipe.glob("*.yaml"))
+    ]
+    by_output = {stage.output: stage for stage in stages}
+    if output not in by_output:
+        raise ValueError(f"No YAML of {recipe} writes {output}. Name the released output in the card's YAML.")
+    found: dict[str, Stage] = {}
+    pending = [by_output[output]]
+    while pending:
+        stage = pending.pop()
+        found[stage.name] = stage
+        inputs = [by_output[text] for text in strings(stage.config) if text in by_output]
+        pending += [other for other in inputs if other.name not in found]
+    return [found[name] for name in sorted(found)]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+def data_sets(stages: list[Stage]) -> list[str]:
+    """The names of the folders of documents and queries that the stages read and no stage wrote."""
+    made = {stage.output for stage in stages}
+    named: dict[str, None] = {}
+    for _, config in stages:
+        read = [config["documents"]] if isinstance(config.get("documents"), str) else []
+        if isinstance(targets := config.get("targets"), dict):  # elsewhere a list of names
+            read += [path for target in targets.values() for path in target.get("folders", [])]
+        named |= {Path(path).name: None for path in read if path not in made}
+    return list(named)
+
+
+def training_table(stages: list[Stage]) -> str:
+    """The trainings, merges and calibrations in Markdown; "" if there are none."""
+    rows = [f"| `{name}` | {text} |" for name, config in stages if (text := in_words(config))]
+    return "\n".join(["| stage | what |", "| --- | --- |", *rows]) if rows else ""
+
+
+def in_words(config: dict[str, Any]) -> str:
+    """What a stage does to a model, in a line; "" for a stage that makes data."""
+    start = Path(config.get("model_name_or_path", "")).name
+    if "train_data" in config:
+        queries = f"up to {config['max_groups']:,} queries" if config.get("max_groups") else "all queries"
+        return (
+            f"`{start}`, trained on {queries} of `{Path(config['train_data']).name}`: loss {config['loss']}, pairs of "
+            f"up to {config['max_length']} tokens, learning rate {float(config['learning_rate']):g}"
+        )
+    if "method" in config and "models" in config:
+        return f"{config['method']} of " + ", ".join(f"`{Path(model).name}`" for model in config["models"])
+    if "first_group" in config:
+        queries = f"{config['groups']} held-out queries" if "groups" in config else "held-out queries"
+        return f"`{start}`, its head scaled on {queries} so that the probability means what it says"
+    return ""

@@ -1,0 +1,59 @@
+"""The tab "Evaluate": a small judged set in, nDCG@10 before and after reranking out."""
+
+import gradio as gr
+
+from space_app import evaluation, views
+from space_app.handlers import refusing, said
+from space_app.inputs import JUDGED_FILES, read_judged
+from space_app.limits import Limits, RefusedError
+from space_app.models import Models
+
+JUDGED_WORDS = (
+    "A small judged set: a BEIR folder as .zip (corpus.jsonl, queries.jsonl, qrels/test.tsv), or .jsonl with lines of "
+    '{"query": "...", "positive": ["..."], "negative": ["..."]}. BM25 ranks, the model reranks what BM25 found.'
+)
+
+
+def add_evaluate_tab(models: Models, limits: Limits) -> None:
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            gr.HTML(views.note(JUDGED_WORDS), apply_default_css=False)
+            file = gr.File(
+                label=f"{', '.join(JUDGED_FILES)}, at most {limits.file_bytes / 1e6:g} MB",
+                file_types=list(JUDGED_FILES),
+                type="filepath",
+                height=140,
+                elem_id="judged-file",
+            )
+            model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="judged-model")
+            with gr.Row():
+                go = gr.Button("Evaluate", variant="primary", scale=3, min_width=120, elem_id="evaluate")
+                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="evaluate-stop")
+            try_examples = gr.Button("Try it with this page's examples", elem_id="evaluate-examples")
+        with gr.Column(scale=7, min_width=300):
+            outcome = gr.HTML(
+                '<div class="q-empty">nDCG@10 before and after reranking appears here.</div>',
+                apply_default_css=False,
+                elem_id="outcome",
+            )
+
+    def evaluate(path, name):
+        if not path:
+            raise RefusedError("Drop a judged set first, or try it with this page's examples.")
+        yield {outcome: views.progress(0, "Reading the set")}
+        yield from measure(read_judged(path, limits), name)
+
+    def evaluate_examples(name):
+        yield from measure(evaluation.set_of_examples(), name)
+
+    def measure(judged, name):
+        steps = evaluation.evaluate(models, limits, judged, name)
+        found = yield from said(steps, "Reranking the candidates of every query", outcome)
+        yield {outcome: views.evaluation(found)}
+
+    options: dict[str, Any] = {"concurrency_id": "evaluate", "concurrency_limit": 1, "api_visibility": "private"}
+    events: list[Any] = [
+        go.click(refusing(outcome, evaluate), [file, model], outcome, **options),
+        try_examples.click(refusing(outcome, evaluate_examples), model, outcome, **options),
+    ]
+    stop.click(lambda: views.note("Stopped."), None, outcome, cancels=events, api_visibility="private", queue=False)
