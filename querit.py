@@ -47,11 +47,23 @@ def read_documents(files: list[str], column: str) -> Iterator[tuple[str, Any]]:
 def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tuple[str, Any]]:
     if suffix in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)  # a field may hold a whole document
-        reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        if column not in (reader.fieldnames or []):
-            raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
-        for row in reader:
-            yield f"{name}:{reader.line_num}", {**row, "text": row[column] or ""}
+        separator = "\t" if suffix == ".tsv" else ","
+        reader = csv.DictReader(file, delimiter=separator, strict=True)
+        try:
+            if column not in (reader.fieldnames or []):
+                raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
+            for row in reader:
+                place = f"{name}:{reader.line_num}"
+                if None in row:
+                    raise fail(
+                        f"{place}: more fields than columns. Put text that holds {separator!r} in double quotes."
+                    )
+                yield place, {**row, "text": row[column] or ""}
+        except csv.Error as error:
+            raise fail(
+                f"{name}:{reader.line_num}: {error}. A field that begins with a quote must end with one, and quotes "
+                "inside it must be doubled."
+            ) from None
         return
     for number, line in enumerate(file, 1):
         if not (line := line.strip()):

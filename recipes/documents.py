@@ -29,7 +29,6 @@ COMMON_LANGUAGES = {
 SHORT = 150  # UTF-8 bytes
 RELIABLE = 24  # UTF-8 bytes under which a text's language is not judged
 UNDETERMINED = "und"
-TAB = "\t"
 
 
 def stable_hash(*parts: object) -> int:
@@ -83,7 +82,7 @@ def read_all(path: Path) -> Iterator[dict]:
     if name.endswith((".jsonl", ".jsonl.gz")):
         return (document_of(row, number, path) for number, row in read_json_lines(path))
     if name.endswith((".csv", ".tsv")):
-        return read_table(path, TAB if name.endswith(".tsv") else ",")
+        return read_table(path, "\t" if name.endswith(".tsv") else ",")
     raise ValueError(f"{path} is of no kind that can be read: {FORMS}.")
 
 
@@ -108,8 +107,8 @@ def read_table(path: Path, delimiter: str) -> Iterator[dict]:
             for number, row in enumerate(rows, 1):
                 if None in row:
                     raise ValueError(
-                        f"{path}, line {line}: more fields than columns. Put text that holds a "
-                        f"{'tab' if delimiter == TAB else 'comma'} in double quotes."
+                        f"{path}, line {line}: more fields than columns. Put text that holds {delimiter!r} in double "
+                        "quotes."
                     )
                 yield document_of({**row, "text": row["text"] or ""}, number, path)
                 line = rows.line_num + 1

@@ -239,8 +239,8 @@ class OpenAIGenerator:
             if status < 500 and status not in (408, 409, 429):  # the client does not try again
                 tried = "takes no requests of this kind"
             raise RuntimeError(
-                f"{self.client.base_url} {tried} ({reason}). What is finished is kept: run the stage again when the "
-                "server answers."
+                f"{self.client.base_url} {tried} ({reason}). What is finished is kept: run the stage again once "
+                "it answers."
             ) from None  # the client's own error may quote the key
         choice = completion.choices[0]
         finished = choice.finish_reason != "length"

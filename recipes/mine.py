@@ -308,7 +308,7 @@ def report(counts: Counter[str], names: list[str], filters: dict[str, Counter[st
         dropped = ", ".join(f"{n:,} {f}" for f, n in generator["dropped"].items() if n) or "none"
         print(f"{name}: {generator['written']:,} queries written, {generator['kept']:,} kept; dropped: {dropped}")
         if generator[REFUSED]:
-            print(f"{name}: {generator[REFUSED]:,} documents refused by the server")
+            print(f"{name}: documents refused by the server: {generator[REFUSED]:,}")
     return found
 
 
