@@ -49,11 +49,13 @@ def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tup
         csv.field_size_limit(2**31 - 1)  # a field may hold a whole document
         separator = "\t" if suffix == ".tsv" else ","
         reader = csv.DictReader(file, delimiter=separator, strict=True)
+        line = 1  # where a row begins: a quote that is not closed runs on to the end
         try:
             if column not in (reader.fieldnames or []):
                 raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
+            line = reader.line_num + 1
             for row in reader:
-                place = f"{name}:{reader.line_num}"
+                place, line = f"{name}:{reader.line_num}", reader.line_num + 1
                 if None in row:
                     raise fail(
                         f"{place}: more fields than columns. Put text that holds {separator!r} in double quotes."
@@ -61,7 +63,7 @@ def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tup
                 yield place, {**row, "text": row[column] or ""}
         except csv.Error as error:
             raise fail(
-                f"{name}:{reader.line_num}: {error}. A field that begins with a quote must end with one, and quotes "
+                f"{name}:{line}: {error}. A field that begins with a quote must end with one, and quotes "
                 "inside it must be doubled."
             ) from None
         return
@@ -393,6 +395,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Release folder.")]) -> N
     from hub_card.verify import report
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that another engine leaves our head out is no news
     found = 0
     for name, problems in report(folder):
         typer.echo(f"{'wrong' if problems else 'ok':6}{name}")

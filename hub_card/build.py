@@ -114,7 +114,7 @@ def results_of(card: ModelCard) -> dict[str, str]:
     Form: https://huggingface.co/docs/hub/eval-results.
     """
     files = {}
-    for result in card.data.eval_results or []:
+    for result in card.data.get("eval_results") or []:
         if "/" not in result.dataset_type:
             continue
         arguments = {"metric": result.metric_name or result.metric_type, **(result.dataset_args or {})}

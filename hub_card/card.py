@@ -40,27 +40,27 @@ def member_of(checkpoint: str | Path, folder: Path) -> str | None:
     return next((name for name in (folder.name, Path(checkpoint).name) if name in members()), None)
 
 
-def render(folder: Path, member: str | None = None, results: Path | None = None, title: str | None = None) -> str:
+def render(folder: Path, member: str | None = None, results: Path | None = None) -> str:
     """The card of the release in `folder`, which has all else already.
 
     Args:
         member: one of `members()`; None for the card that any model gets.
         results: output_dir of recipes.evaluate. Without it the card says that nothing was measured.
-        title: the model's name; that of the member, or of the folder, if not given.
 
     Raises ValueError for an unknown member, and for results without the system that the member's YAML names.
     """
     if member and member not in members():
         raise ValueError(f"There is no card for {member!r}; there are {', '.join(members())}.")
     about = read_yaml(TEMPLATES / f"{member}.yaml") if member else {}
-    name = title or member or folder.name
+    name = member or folder.name
     measured = read_results(results, about.get("system")) if results else None
     published = read_yaml(TEMPLATES / "published.yaml") if "published" in about else None
     stages = stages_of(ROOT / "recipes" / about["recipe"], about["released"]) if "released" in about else []
+    evaluated = evaluations(measured, about) + statements(published, about)
     data = ModelCardData(
         **{**METADATA, **about.get("metadata", {})},
-        model_name=about.get("title", name),
-        eval_results=evaluations(measured, about) + statements(published, about) or None,
+        model_name=about.get("title", name) if evaluated else None,
+        eval_results=evaluated or None,
         metrics=["ndcg_at_10"] if measured or published else None,
     )
     environment = Environment(
@@ -78,7 +78,7 @@ def render(folder: Path, member: str | None = None, results: Path | None = None,
         recipe=about.get("recipe"),
         published=published and {**published, "table": published_table(published)},
         own=published["members"][about["published"]] if published else None,
-        trained_on=data_sets(stages),
+        trained_on=sorted(data_sets(stages)),
         training=training_table(stages),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
@@ -134,7 +134,7 @@ def read_results(folder: Path, system: str | None) -> dict[str, Any]:
 
 def results_table(results: dict, systems: list[str | None]) -> str:
     """The sets' scores in Markdown, times 100, for these systems; None and those that were not measured left out."""
-    shown = [system for system in systems if system in results["mean"]]
+    shown = [system for system in systems if system and system in results["mean"]]
     names = {FIRST_STAGE: "first stage", WORDS: WORDS}
     own = next(system for system in shown if system not in names)
     header = [names.get(system, system.replace(own, "**this model**")) for system in shown]
@@ -187,6 +187,7 @@ def evaluations(measured: dict | None, about: dict) -> list[EvalResult]:
             task_type="text-ranking",
             dataset_type=about.get("sets", {}).get(name, name),
             dataset_name=name,
+            dataset_config=name,  # else the Hub's form takes all results on one data set for metrics of one result
             dataset_args={"queries": entry["queries"], "candidates": measured["candidates"]},
             metric_type=entry["metric"],
             metric_name=metric_name(entry["metric"]),

@@ -16,10 +16,14 @@ from modeling_querit.pipeline_querit import TextRankingPipeline
 Requests = Mapping[str, list[str]]  # query -> its documents; scores come in this order
 
 
-def installed_pipeline(folder: Path, requests: Requests) -> list[float]:
+def installed_ranker(folder: Path) -> TextRankingPipeline:
     model = QueritForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return _ranked(TextRankingPipeline(model, tokenizer=tokenizer, device="cpu"), requests)
+    return TextRankingPipeline(model, tokenizer=tokenizer, device="cpu")
+
+
+def installed_pipeline(folder: Path, requests: Requests) -> list[float]:
+    return _ranked(installed_ranker(folder), requests)
 
 
 def trusting_pipeline(folder: Path, requests: Requests) -> list[float]:

@@ -50,8 +50,8 @@ Querit's score in [-1, 1] is tanh(logit / 2).
 
 Over {probes} probe pairs, a logit of float32 moved by {difference:.1g} at most; int8's rank correlation with the model
 is {correlation:.3f}, and a probability moved by {moved:.3f} at most. int8 has the layers' weights per channel and the
-embeddings per table; the head stays float32. Activations are quantised as they come, over all of a batch, so that a
-score depends a little on what stands beside the pair.
+embeddings per table; the head and the products that narrow the feed-forward part stay float32. Activations are
+quantised as they come, over all of a batch, so that a score depends a little on what stands beside the pair.
 
 `querit rank QUERY FILE --model {int8}` runs either file with Querit's own prompts, cuts and batches. Without torch and
 transformers:
@@ -178,15 +178,24 @@ def write_float32(model: QueritForSequenceClassification, file: Path) -> None:
 
 
 def write_int8(float32: Path, file: Path) -> None:
-    """Integer products and embeddings; the head, one row, stays as it is: near-equal scores must not tie."""
-    head = [node.name for node in onnx.load(float32).graph.node if node.op_type == "Gemm"]
+    """Integer products and embeddings, but for the head and the products that narrow the feed-forward part.
+
+    In float32 the head's near-equal scores do not tie. The input of the narrowing products has few and far outliers:
+    with them in 8 bits, Nano's logits are off by 0.07 on average instead of 0.03, at 1.3 times the speed.
+    """
+    graph = onnx.load(float32).graph
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    head = [node.name for node in graph.node if node.op_type == "Gemm"]
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in shapes]
+    narrowing = [node.name for node in products if shapes[node.input[1]][0] > shapes[node.input[1]][1]]
     quantize_dynamic(
         float32,
         file,
         op_types_to_quantize=["MatMul", "Gather"],
-        per_channel=True,  # per tensor, Nano's logits are off by twice as much
+        per_channel=True,  # per tensor, they are off by twice as much again
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=[*head, *(f"{name}_MatMul" for name in head)],  # as what quantisation takes it for
+        # The head also under the name that it has once quantisation has taken it for a MatMul.
+        nodes_to_exclude=[*narrowing, *head, *(f"{name}_MatMul" for name in head)],
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hub_card.engines import installed_pipeline
+from hub_card.engines import installed_ranker
 
 PROBES_FILE = "probes.json"
 DIGITS = 4  # of an expected score: beyond, machines may differ
@@ -34,14 +34,22 @@ PROBES = {
 
 
 def write_probes(folder: Path) -> None:
-    """Score the pairs with the release in `folder`, in float32, and put both there."""
-    scores = iter(installed_pipeline(folder, PROBES))
-    pairs = [
-        # + 0.0: no minus before a zero
-        {"query": query, "document": document, "score": round(next(scores), DIGITS) + 0.0}
-        for query, documents in PROBES.items()
-        for document in documents
-    ]
+    """Score the pairs with the release in `folder`, in float32, and put both there.
+
+    A pair that is too long for the model is left out: not every engine cuts it by itself. Raises ValueError where none
+    fits.
+    """
+    ranker = installed_ranker(folder)
+    pairs = []
+    for query, documents in PROBES.items():
+        for row in sorted(ranker(query, documents), key=lambda row: row["index"]):
+            if not row["truncated"]:
+                score = round(row["score"], DIGITS) + 0.0  # no minus before a zero
+                pairs.append({"query": query, "document": row["document"], "score": score})
+    if not pairs:
+        raise ValueError(
+            f"The model reads {ranker.max_length} tokens; the shortest probe pair has more. Raise max_length."
+        )
     content = {"dtype": "float32", "pairs": pairs}
     (folder / PROBES_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -155,7 +155,7 @@ def check_card(folder: Path) -> Iterator[str]:
         if not card.data.get(key):
             yield f"README.md's metadata has no {key}. Add it to the card's template, and build the folder again."
     if card.data.get("pipeline_tag") not in (None, "text-ranking"):
-        yield f"README.md's pipeline_tag is {card.data.pipeline_tag!r}; a reranker's is text-ranking."
+        yield f"README.md's pipeline_tag is {card.data.get('pipeline_tag')!r}; a reranker's is text-ranking."
     for key in ("base_model", "datasets"):
         named = card.data.get(key) or []
         for name in [named] if isinstance(named, str) else named:

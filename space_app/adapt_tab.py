@@ -1,5 +1,7 @@
 """The tab "Adapt": the command and, where it is enabled, a small run of it."""
 
+from typing import Any
+
 import gradio as gr
 
 from space_app import adaptation, views

@@ -33,11 +33,12 @@ def answer(steps: Generator[float, None, Any], empty: Any, result) -> Iterator[A
 def add_endpoints(models: Models, limits: Limits) -> None:
     """Within a `gr.Blocks`."""
 
-    # What may be refused is checked in the generator's first step.
+    # The types of the answers are those of the last value that each of these yields; gradio tells them to programs.
+    # What may be refused is checked in the first step.
     def request(*given) -> ranking.Request:
         return ranking.make_request(models, limits, *given)
 
-    def rank(
+    def rank(  # type: ignore[misc]
         query: str, documents: list[str], instruction: str = "", long_documents: str = "truncate", model: str = ""
     ) -> list[dict]:
         """Order documents by how well they answer a query, best first.
@@ -53,7 +54,7 @@ def add_endpoints(models: Models, limits: Limits) -> None:
 
         yield from answer(steps(), [], table_rows)
 
-    def explain(
+    def explain(  # type: ignore[misc]
         query: str, document: str, instruction: str = "", long_documents: str = "truncate", model: str = ""
     ) -> dict:
         """What was read of a document (characters start to end), and what its sentences score by themselves."""
@@ -73,7 +74,7 @@ def add_endpoints(models: Models, limits: Limits) -> None:
 
         yield from answer(steps(), {}, result)
 
-    def compare(
+    def compare(  # type: ignore[misc]
         query: str, documents: list[str], left: str, right: str, instruction: str = "", long_documents: str = "truncate"
     ) -> dict:
         """Two models on the same documents; left or right may be "BM25", the first stage."""

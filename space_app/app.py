@@ -21,6 +21,7 @@ from space_app.rank_tab import add_rank_tab
 
 def build(models: Models, limits: Limits) -> gr.Blocks:
     with gr.Blocks(title="Querit Reranker", delete_cache=(600, 3600)) as page:
+        add_endpoints(models, limits)  # first: they get the names, and the page's own handlers what is left
         gr.HTML(views.header(models.names[0]), apply_default_css=False)
         with gr.Tabs():
             with gr.Tab("Rank"):
@@ -31,7 +32,6 @@ def build(models: Models, limits: Limits) -> gr.Blocks:
                 add_adapt_tab(models, limits)
             with gr.Tab("About"):
                 gr.HTML(views.about(limits, models.names), apply_default_css=False)
-        add_endpoints(models, limits)
     return page
 
 
@@ -56,7 +56,7 @@ def start(
         prevent_thread_lock=True,
         quiet=True,
         theme=theme(),
-        css_paths=Path(__file__).parent / "style.css",
+        css_paths=Path(views.__file__).parent / "style.css",
         head='<meta name="viewport" content="width=device-width, initial-scale=1">',
         footer_links=["api", "settings"],
         max_file_size=limits.file_bytes,

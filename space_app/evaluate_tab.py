@@ -1,5 +1,7 @@
 """The tab "Evaluate": a small judged set in, nDCG@10 before and after reranking out."""
 
+from typing import Any
+
 import gradio as gr
 
 from space_app import evaluation, views

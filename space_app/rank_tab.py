@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -236,5 +237,6 @@ def add_rank_tab(page: gr.Blocks, models: Models, limits: Limits) -> None:
         cancels=[ranked, chosen, restored, explained, compared],
         **quick,
     )
-    file.change(refusing(file_note, read), [file, parting], [text, parting, column, file_note], **quick)
-    column.input(refusing(file_note, read), [file, parting, column], [text, parting, column, file_note], **quick)
+    reading_file: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "show_progress": "hidden"}
+    file.change(refusing(file_note, read), [file, parting], [text, parting, column, file_note], **reading_file)
+    column.input(refusing(file_note, read), [file, parting, column], [text, parting, column, file_note], **reading_file)

@@ -231,8 +231,9 @@ def compare(models: Models, limits: Limits, request: Request, left: object, righ
     deadline = time.monotonic() + limits.seconds
     orders: list[list[tuple[int, float | None]]] = []
     names = [name if name == BM25 else models.name(name) for name in (left, right)]
+    pieces = next((name for name in names if name != BM25), models.names[0])  # BM25 takes the other one's
     for done, name in zip((0.0, 0.5), names, strict=True):
-        model = models.names[0] if name == BM25 else name
+        model = pieces if name == BM25 else name
         asked = Request(request.query, request.documents, request.instruction, request.long_documents, model)
         if name == BM25:
             with models.turn:

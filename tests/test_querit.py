@@ -112,6 +112,8 @@ def test_a_terminal_gets_a_table_and_a_pipe_json(tmp_path, model):
     ("name", "text", "options", "code", "message"),
     [
         ("d.csv", "id,body\n1,x\n", [], 1, "--column"),
+        ("d.csv", "id,text\n1,x\n2,tides, they rise\n", [], 1, "d.csv:3: more fields than columns"),
+        ("d.csv", 'id,text\n1,x\n2,"tides\n3,y\n', [], 1, "d.csv:3: unexpected end of data"),
         ("d.jsonl", '{"text": "x"}\n{broken\n', [], 1, "d.jsonl:2"),
         ("d.jsonl", '{"body": "x"}\n', [], 1, "--column"),
         ("d.txt", "\n \n", [], 1, "no documents"),

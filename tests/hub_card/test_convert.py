@@ -26,9 +26,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from hub_card.convert import INDEX, convert
-from hub_card.sentence_transformers_files import write_sentence_transformers_files
 from modeling_querit.modeling_querit import QueritForSequenceClassification
-from tests.models_for_tests import CAUSAL_KINDS, SCRATCH, save_folder, tiny_config, tiny_model, tokenizer_of
+from tests.models_for_tests import CAUSAL_KINDS, SCRATCH, tiny_config, tokenizer_of
 
 CAUSAL_LM = {"qwen3": Qwen3ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}
 ARCHITECTURE = {"qwen3": "MLQwen3Model", "deepseek_v3": "QueritModel"}
@@ -231,86 +230,6 @@ def test_layers_that_transformers_ignores_may_stay(tmp_path):
     source = shutil.copytree(published("deepseek_v3"), tmp_path / "in")
     added("model.layers.61.eh_proj.weight")(source)
     convert(source, tmp_path / "out")
-
-
-# -- sentence-transformers and mteb ----------------------------------------------------------------------------------
-
-
-@cache
-def bert_folder(pooling: str) -> Path:
-    folder = SCRATCH / "sentence_transformers" / pooling
-    model = tiny_model("bert", classifier_pooling=pooling)
-    save_folder(folder, "bert", model)
-    write_sentence_transformers_files(folder, model.head.weight.detach(), model.head.bias.detach(), pooling, False)
-    return folder
-
-
-FOLDERS = {
-    "qwen3": lambda: converted("qwen3"),
-    "deepseek_v3": lambda: converted("deepseek_v3"),
-    "bert, mean": lambda: bert_folder("mean"),
-    "bert, cls": lambda: bert_folder("cls"),
-}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_cross_encoder_without_remote_code(name):
-    folder = FOLDERS[name]()
-    results = ranker(folder)(QUERY, DOCUMENTS)
-    model = cross_encoder(folder)
-    probabilities = model.predict([(QUERY, document) for document in DOCUMENTS])
-    assert probabilities == pytest.approx(by_index(results, "probability"), abs=TOLERANCE)
-    assert max(probabilities) - min(probabilities) > 0.02
-    ranked = model.rank(QUERY, DOCUMENTS)
-    assert [result["corpus_id"] for result in ranked] == [result["index"] for result in results]
-    assert [float(result["score"]) for result in ranked] == pytest.approx(
-        [result["probability"] for result in results], abs=TOLERANCE
-    )
-    assert type(model[0].model).__module__.startswith("transformers.models.")
-    trusting = cross_encoder(folder, trust_remote_code=True)
-    assert trusting.predict([(QUERY, document) for document in DOCUMENTS]) == pytest.approx(
-        probabilities, abs=TOLERANCE
-    )
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_cross_encoder_truncates_as_the_pipeline(name):
-    folder, long = FOLDERS[name](), "The home team won by two goals. " * 100
-    model = cross_encoder(folder)
-    limit = ranker(folder).max_length
-    features = model.preprocess([(QUERY, long), (QUERY, "short")])
-    ids, mask = features["input_ids"], features["attention_mask"]
-    assert ids.shape == (2, limit)
-    assert mask[0].all()
-    end = model.tokenizer.convert_tokens_to_ids("</s>" if name.startswith("bert") else "[CLS]")
-    assert [row[real.bool()][-1].item() for row, real in zip(ids, mask, strict=True)] == [end, end]
-    [result] = ranker(folder)(QUERY, [long])
-    assert result["truncated"]
-    assert model.predict([(QUERY, long)])[0] == pytest.approx(result["probability"], abs=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("weight", "bias", "pooling"), [((2, 4), (2,), "max"), ((1, 4), (1,), "mean"), ((2, 4), (4,), "mean")]
-)
-def test_sentence_transformers_files_refuse(weight, bias, pooling, tmp_path):
-    with pytest.raises(ValueError, match=r"pooling|head"):
-        write_sentence_transformers_files(tmp_path, torch.zeros(weight), torch.zeros(bias), pooling, True)
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
-def test_wrapper_of_mteb(kind):
-    from datasets import Dataset
-    from mteb.models.model_implementations.querit_models import QueritWrapper
-    from torch.utils.data import DataLoader
-
-    wrapper = QueritWrapper(str(converted(kind)), device="cpu", batch_size=4)
-    assert wrapper.max_length == MAX_LENGTH - 1
-    queries, documents = (
-        DataLoader(Dataset.from_dict({"text": texts}), batch_size=4) for texts in ([QUERY] * len(DOCUMENTS), DOCUMENTS)
-    )
-    scores = wrapper.predict(queries, documents, task_metadata=None, hf_split="test", hf_subset="default")
-    assert scores == pytest.approx(by_index(ranker(converted(kind))(QUERY, DOCUMENTS)), abs=TOLERANCE)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

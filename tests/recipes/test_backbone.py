@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -69,3 +71,5 @@ def test_rows_to_spare_are_used_and_a_made_folder_stays(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     main(arguments)
     assert "delete it to make it again" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"other settings \(seed\)"):
+        main(replace(arguments, seed=1))

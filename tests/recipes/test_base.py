@@ -1,13 +1,24 @@
 import json
 import struct
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertModel
 
-from recipes.base import choose_pieces, piece_shares, prune_tokenizer, read_e5s1, same_pieces, save_retriever
+from recipes.base import (
+    REPORT,
+    BaseArguments,
+    choose_pieces,
+    main,
+    piece_shares,
+    prune_tokenizer,
+    read_e5s1,
+    same_pieces,
+    save_retriever,
+)
 from tests.models_for_tests import tokenizer_of
 
 
@@ -138,6 +149,18 @@ def test_an_e5s1_file_is_read_to_the_values_that_were_written(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(ValueError, match="is not an E5S1 file"):
         read_e5s1(path)
+
+
+def test_a_folder_of_other_settings_or_of_none_that_are_told_is_left_alone(tmp_path, capsys):
+    args = BaseArguments(output_dir=str(tmp_path / "base"), vocab_size=60)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(FileExistsError, match="nothing tells how it was made"):
+        main(args)
+    (tmp_path / "base" / REPORT).write_text(json.dumps({"pieces": 60, "settings": asdict(args)}))
+    main(args)
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"other settings \(vocab_size, languages\)"):
+        main(BaseArguments(output_dir=str(tmp_path / "base"), vocab_size=61, languages=["de"]))
 
 
 def test_the_retriever_folder_embeds_with_mean_pooling_and_the_prompts(tmp_path, tokenizer_file):

@@ -98,8 +98,11 @@ def test_the_same_seed_gives_the_same_rows_and_a_finished_file_stays(data, capsy
     tiny_retriever(data / "encoder")
     main(arguments(data))
     first = (data / "out.parquet").read_bytes()
-    main(arguments(data, seed=5))
+    main(arguments(data))
     assert "is there already" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"other settings \(seed\)"):
+        main(arguments(data, seed=5))
+    assert (data / "out.parquet").read_bytes() == first
     (data / "out.parquet").unlink()
     main(arguments(data))
     assert (data / "out.parquet").read_bytes() == first

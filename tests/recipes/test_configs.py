@@ -66,7 +66,8 @@ def hub_ids(config: dict, outputs: list[Path]):
         for key, value in part.items():
             for text in () if key in ("teachers", "generators", "datasets") else texts_in(value):
                 if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and key not in OUTPUT_KEYS and not is_path(text, outputs):
-                    own = {"retriever": "retriever_revision", "encoder": "encoder_revision"}.get(key, "revision")
+                    own = {"retriever_tokenizer": "retriever_revision"}.get(key, "revision")
+                    own = f"{key}_revision" if key in ("retriever", "encoder", "tokenizer") else own
                     own = "model_revision" if key == "model_name_or_path" else own
                     yield text, pinned.get(text) or part.get(own)
 

@@ -1,3 +1,5 @@
+import gzip
+
 import pytest
 
 from recipes.data import read_corpus, read_qrels, read_queries, read_texts, read_top_ranked
@@ -32,3 +34,45 @@ def test_errors_name_the_file_and_the_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="name the split"):
         read_qrels(tmp_path / "set")
     assert read_qrels(tmp_path / "set", "test")["q0"] == {"d0": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"_id": "b", "title": "Tides"}', r"corpus\.jsonl, line 4: no text under `text`"),
+        ('{"_id": "b", "text": null}', r"corpus\.jsonl, line 4: no text under `text`"),
+        ('{"_id": 7, "text": "x"}', r"corpus\.jsonl, line 4: no text under `_id`"),
+        ('["b", "x"]', r"corpus\.jsonl, line 4: no text under `_id`"),
+        ('{"_id": "b", "text": "x \\ud83d"}', r"corpus\.jsonl, line 4: '\\ud83d' is half of a character"),
+    ],
+)
+def test_rows_that_lack_something_are_told_and_blank_lines_are_none(tmp_path, row, message):
+    first = '{"_id": "a", "text": "\\ud83d\\ude00 rises"}\n\n \n'
+    (tmp_path / "corpus.jsonl").write_text(first)
+    assert read_corpus(tmp_path) == {"a": "😀 rises"}
+    (tmp_path / "corpus.jsonl").write_text(f"{first}{row}\n")
+    with pytest.raises(ValueError, match=message):
+        read_corpus(tmp_path)
+
+
+def test_an_archive_that_is_cut_short_is_named(tmp_path):
+    packed = gzip.compress(b'{"_id": "a", "text": "x"}\n' * 4000)
+    (tmp_path / "corpus.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz is damaged after line \d+ .*Fetch it"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("q1\td1\t1\n", r"test\.tsv: its first line must name the columns query-id, corpus-id, score"),
+        ("", "query-id, corpus-id, score is not there"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0.5\n", r"test\.tsv, line 3: the score is '0\.5'"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\n", "line 2: the score is None"),
+    ],
+)
+def test_judgements_without_a_header_or_a_score_are_told(tmp_path, lines, message):
+    folder = small_set(tmp_path / "set")
+    (folder / "qrels" / "test.tsv").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        read_qrels(folder)

@@ -42,7 +42,7 @@ def write(path, form):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     if form == "beir":
         path.mkdir()
-        (path / "corpus.jsonl").write_text(text, encoding="utf-8")
+        (path / "corpus.jsonl").write_text("\n" + text, encoding="utf-8")  # blank lines are no rows
         return path
     file = path.with_suffix(f".{form}")
     if form == "jsonl":
@@ -111,6 +111,13 @@ def test_documents_are_streamed(tmp_path):
         ("x.jsonl", '{"text": "é"}\n'.encode("latin-1"), "not UTF-8.*iconv"),
         ("x.csv", "text\né\n".encode("latin-1"), "not UTF-8.*iconv"),
         ("x.csv", b"body,id\na,1\n", r"no column `text`; its columns are \['body', 'id'\]"),
+        ("x.csv", b"id,text\n1,a\n2,Hello, world, unquoted\n", r"x\.csv, line 3: more fields than columns.*double"),
+        ("x.csv", b'id,text\n1,"a\nb"\n2,"Unclosed\n3,c\n4,d\n', r"x\.csv, line 4: unexpected end of data.*end with"),
+        ("x.tsv", b'id\ttext\n1\t"first" of all\n', r"x\.tsv, line 2: .*quotes inside it must be doubled"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b \\ud83d"}\n', r"x\.jsonl, line 2: .*half of a character"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 5000)[:-20], r"x\.jsonl\.gz is damaged after line \d+"),
+        ("x.jsonl.gz", b'{"text": "not packed"}\n', r"x\.jsonl\.gz is damaged after line 0"),
+        ("beir/corpus.jsonl", b'\n{"_id": "a", "title": "b"}\n', r"corpus\.jsonl, row 2: no text under `text`"),
         ("x.jsonl", b'{"text": "  "}\n', "no documents with text"),
         ("x.pdf", b"%PDF", "of no kind that can be read"),
         ("folder/x.txt", "é".encode("latin-1"), "x.txt is not UTF-8"),

@@ -273,6 +273,10 @@ def test_names_of_tasks_and_benchmarks_resolve_to_pinned_data():
     assert set(sets) == {"SciFact", "MIRACLRetrieval", *MULTILINGUAL_RERANKING}
     for name, metric in MULTILINGUAL_RERANKING.items():
         assert sets[name][0].metadata.main_score == metric
+    ((name, (miracl,)),) = judged_sets(["MIRACL"], []).items()  # two stages: a retrieval task in all 18 languages
+    assert name == "MIRACLRetrievalHardNegatives" and miracl.metadata.type == "Retrieval"
+    assert miracl.metadata.main_score == "ndcg_at_10" and list(miracl.eval_splits) == ["dev"]
+    assert len(miracl.hf_subsets) == 18 and COMMIT.fullmatch(miracl.metadata.revision)
     beir = judged_sets(["BEIR"], [])
     assert len(beir) == 15 and len(beir["CQADupstackRetrieval"]) == 12
     assert list(beir["MSMARCO"][0].eval_splits) == ["dev"]
@@ -431,7 +435,7 @@ def refused(folder, tmp_path, match, error=ValueError, **changes):
 
 def test_wrong_sets_are_named(folder, tmp_path):
     refused(folder, tmp_path, "Near it: .*SciFact", data=[], tasks=["SciFacts"])
-    refused(folder, tmp_path, "Near it: .*MIRACLRetrieval", data=[], tasks=["MIRACL"])
+    refused(folder, tmp_path, "Near it: .*MIRACLRetrieval", data=[], tasks=["MIRACLRetr"])
     refused(folder, tmp_path, "no retrieval or reranking task", data=[], tasks=["Banking77Classification"])
     refused(folder, tmp_path, "p-MRR, which has no value per query", data=[], tasks=["News21InstructionRetrieval"])
     refused(folder, tmp_path, "Nothing to measure on", data=[])
@@ -467,6 +471,7 @@ def test_wrong_models_are_named_before_the_first_stage(folder, tmp_path):
     refused(folder, tmp_path, "nothing holds no model", models={"x": str(tmp_path / "nothing")})
     refused(folder, tmp_path, "no-model is no folder here", models={"x": str(tmp_path / "no-model")})
     refused(folder, tmp_path, "no-retriever is no folder here", retriever=str(tmp_path / "no-retriever"))
+    refused(folder, tmp_path, "retriever is bm25, .*models must name one", models={}, retriever="bm25")
     refused(folder, tmp_path, "retriever is the name of a first stage", models={"retriever": str(folder_of("bert"))})
 
 

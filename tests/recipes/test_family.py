@@ -33,7 +33,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "mine": {"sample": 12, "retriever_batch_size": 8, "shard_size": 8},
     "score": {"top_k": 10, "candidates": 3, "passage_tokens": 32, "batch_size": 8, "shard_size": 8},
     "codeswitch": {"words": 60},
-    "calibrate": {"first_group": 4, "groups": 20, "max_length": 128},
     "evaluate": {"top_k": 6, "max_queries": 5, "max_length": 128},
 }  # fmt: skip
 TEXTS = {

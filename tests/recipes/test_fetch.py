@@ -52,10 +52,20 @@ def test_documents_are_limited_and_judged_ones_kept(tmp_path):
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, capsys):
-    (tmp_path / "data" / "kettles").mkdir(parents=True)
-    entry = {"path": "no/such", "revision": "0" * 40}
-    main(FetchArguments(output_dir=str(tmp_path / "data"), datasets={"kettles": entry}))
-    assert "delete it to fetch it again" in capsys.readouterr().out
+    entry = {"path": write_dataset(tmp_path / "hub"), "revision": "0" * 40, "split": "train"}
+
+    def fetch(**datasets):
+        main(FetchArguments(output_dir=str(tmp_path / "data"), datasets=datasets))
+
+    fetch(kettles=entry)
+    folder = tmp_path / "data" / "kettles"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    fetch(kettles=entry, more=entry)
+    assert "kettles is there already" in capsys.readouterr().out and read_corpus(tmp_path / "data" / "more")
+    with pytest.raises(FileExistsError, match=r"kettles is there .* other settings \(split\)"):
+        fetch(first=entry, kettles={**entry, "split": "dev"})
+    assert not (tmp_path / "data" / "first").exists()  # told before anything is fetched
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_entries_are_checked():

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from recipes.crops import CropGenerator, count_terms, split_sentences, term_slot
 from recipes.generators import (
+    ALIKE,
     PROMPTS,
+    REFUSED,
     LocalGenerator,
     OpenAIGenerator,
     QueryWriter,
@@ -341,6 +343,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append((self.path, self.headers["authorization"], body))
             status = self.server.statuses.pop(0) if self.server.statuses else 200
         content = self.server.answer(body["messages"]) if callable(self.server.answer) else self.server.answer
+        status = content if isinstance(content, int) else status
         message = {"role": "assistant", "content": content, "reasoning_content": "no query"}
         choice = {"index": 0, "message": message, "finish_reason": self.server.finish_reason}
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
@@ -373,9 +376,12 @@ def serve(monkeypatch):
         server.server_close()
 
 
+def entry_of(server, **changes):
+    return {"kind": "openai", "model": "r1", "base_url": server.base_url, "api_key_env": "QUERIT_TEST_KEY", **changes}
+
+
 def remote(server, **changes):
-    entry = {"kind": "openai", "model": "r1", "base_url": server.base_url, "api_key_env": "QUERIT_TEST_KEY", **changes}
-    return OpenAIGenerator(read_settings(entry), count=2, seed=0)
+    return OpenAIGenerator(read_settings(entry_of(server, **changes)), count=2, seed=0)
 
 
 def test_a_server_that_fails_at_first_is_asked_again(serve):
@@ -398,17 +404,68 @@ def test_a_server_that_keeps_failing_is_named_and_the_key_is_not(serve):
     assert caught.value.__suppress_context__ and len(server.requests) == 3
 
 
+@pytest.mark.parametrize(("status", "name"), [(401, "AuthenticationError"), (404, "NotFoundError")])
+def test_what_is_not_tried_again_is_not_said_to_have_been(serve, status, name):
+    server = serve([status] * 9)
+    with pytest.raises(RuntimeError, match=f"takes no requests of this kind .{name}: .*bad luck") as caught:
+        remote(server, concurrency=1).queries(ITEMS[:1])
+    assert "tries" not in str(caught.value) and "sk-very-secret" not in str(caught.value) and len(server.requests) == 1
+
+
+def test_a_document_that_the_server_refuses_gets_no_query(serve):
+    server = serve(answer=lambda messages: 400 if "Number 3" in messages[-1]["content"] else "kettle limescale")
+    found = remote(server).queries(ITEMS)
+    assert [found[n] for n in (0, 1, 2, 4)] == [[("keywords", "kettle limescale", "")]] * 4
+    ((_, reason, dropped),) = found[3]
+    assert dropped == REFUSED and "bad luck with Bearer ..." in reason and len(server.requests) == len(ITEMS)
+    assert [row["dropped"] for row in QueryWriter(entry_of(server), 2, 0, "")(ITEMS[3:])] == [REFUSED, ""]
+
+
+def test_a_server_that_refuses_all_of_the_first_documents_is_quoted(serve):
+    documents = [item(KETTLE, key=f"d{n}") for n in range(ALIKE)]
+    server = serve(answer=lambda messages: 400)
+    generator = remote(server)
+    assert all(queries[0][2] == REFUSED for queries in generator.queries(documents[1:]))  # they may all be bad
+    with pytest.raises(ValueError, match=f"refused each of the first {ALIKE} documents .BadRequestError.*bad luck"):
+        generator.queries(documents)
+    server.answer = "kettle limescale"
+    generator.queries(documents[:1])
+    server.answer = lambda messages: 400  # it has answered, so it takes what it is sent
+    assert all(queries[0][2] == REFUSED for queries in generator.queries(documents))
+
+
+def test_long_documents_are_cut_by_characters(serve):
+    server = serve()
+    remote(server, document_characters=30).queries([item("b" * 50, title="a" * 20)])
+    (turn,) = [m for m in server.requests[0][2]["messages"] if "bbbb" in m["content"]]
+    assert "a" * 20 + " " + "b" * 9 in turn["content"] and "b" * 10 not in turn["content"]
+
+
+class Clock:
+    """Time in place of the module: it passes only in sleep."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def test_requests_keep_to_their_rate(serve, monkeypatch):
-    clock = [100.0]
-    slept = []
-    monkeypatch.setattr("recipes.generators.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("recipes.generators.time.sleep", slept.append)
-    generator = remote(serve(), requests_per_minute=30, concurrency=1)
-    for _ in range(3):
-        generator.wait_for_turn()
-    clock[0] = 300.0
-    generator.wait_for_turn()
-    assert slept == [0, 2, 4, 0]
+    clock, asked = Clock(), []
+    monkeypatch.setattr("recipes.generators.time", clock)
+    server = serve(answer=lambda messages: asked.append(clock.now) or "kettle limescale")
+    generator = remote(server, requests_per_minute=30, concurrency=1)
+    generator.queries(ITEMS[:3])
+    generator.queries(ITEMS[3:])  # another shard
+    clock.now = 300.0
+    generator.queries(ITEMS[:2])
+    assert asked == [100, 102, 104, 106, 108, 300, 302]
+    remote(server, concurrency=1).queries(ITEMS)  # without a limit
+    assert asked[7:] == [302] * len(ITEMS)
 
 
 def test_a_missing_key_is_named(serve, monkeypatch):
@@ -422,7 +479,7 @@ def test_a_missing_key_is_named(serve, monkeypatch):
 
 def test_rows_hold_what_was_written_and_why_it_is_dropped(serve):
     server = serve(answer="kettle limescale\nHow do I clean a kettle?\none more query\nNo numbers, no explanations.")
-    entry = {"kind": "openai", "model": "r1", "base_url": server.base_url, "api_key_env": "QUERIT_TEST_KEY"}
+    entry = entry_of(server)
     rows = QueryWriter(entry, 2, 0, "")([ITEMS[1]])
     assert [(row["text"], row["dropped"]) for row in rows] == [
         ("kettle limescale", ""),

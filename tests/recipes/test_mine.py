@@ -1,5 +1,7 @@
 import json
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import Qwen3ForCausalLM
 
+from recipes import shards
 from recipes.data import read_corpus, read_jsonl, read_qrels
 from recipes.documents import read_documents
 from recipes.mine import LAST, Lowest, MineArguments, main
 from tests.models_for_tests import tiny_config, tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
-from tests.recipes.test_generators import chat_tokenizer, serve  # noqa: F401
+from tests.recipes.test_generators import chat_tokenizer, entry_of, serve  # noqa: F401
+from tests.recipes.test_shards import local_ray  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 PLACES = ["harbour", "kitchen", "garden", "workshop", "attic", "cellar"]
@@ -86,8 +90,12 @@ def test_the_output_is_a_beir_folder_judged_by_source(made, tmp_path, capsys):
     assert crop["written"] == crop["kept"] + sum(crop["dropped"].values())
     assert crop["kept"] == len(queries) == sum(summary["queries"].values()) == sum(summary["queries_by_kind"].values())
     assert summary["documents_asked"] == 80 and "80 documents" in capsys.readouterr().out
-    main(arguments(made, out))
+    main(arguments(made, out, workers=2))  # of no account
     assert "is there already" in capsys.readouterr().out
+    before = contents(out)
+    with pytest.raises(FileExistsError, match=r"made with other settings \(sample, seed\)\. Move it away, or name"):
+        main(arguments(made, out, sample=15, seed=1))
+    assert contents(out) == before
 
 
 def test_the_round_trip_is_the_retrievers_top_k(made, tmp_path):
@@ -106,7 +114,7 @@ def test_the_round_trip_is_the_retrievers_top_k(made, tmp_path):
         assert own >= second - 1e-2 if text in kept else own <= second + 1e-2  # the stage may encode in bf16
 
 
-def test_each_filter_counts_what_it_drops(made, tmp_path, serve, monkeypatch):  # noqa: F811
+def test_each_filter_counts_what_it_drops(made, tmp_path, serve, capsys):  # noqa: F811
     own = [document(n) for n in range(4)]
 
     def answer(messages):
@@ -120,8 +128,7 @@ def test_each_filter_counts_what_it_drops(made, tmp_path, serve, monkeypatch):  
 
     server = serve(answer=answer)
     write(tmp_path / "docs.jsonl", own)
-    entry = {"kind": "openai", "model": "r1", "base_url": server.base_url, "api_key_env": "QUERIT_TEST_KEY"}
-    changes = {"queries_per_document": 4, "held_aside": 0.0, "generators": [entry, {"kind": "crop"}]}
+    changes = {"queries_per_document": 4, "held_aside": 0.0, "generators": [entry_of(server), {"kind": "crop"}]}
     main(arguments(made, tmp_path / "out", documents=str(tmp_path / "docs.jsonl"), **changes))
     generators = json.loads((tmp_path / "out" / "mine.json").read_text())["generators"]
     found = generators["openai:r1"]
@@ -129,7 +136,16 @@ def test_each_filter_counts_what_it_drops(made, tmp_path, serve, monkeypatch):  
         "echo": 1, "surplus": 1, "too_short": 1, "too_long": 1, "copy": 1, "language": 1, "duplicate": 1,
         "ambiguous": 2,
     }  # fmt: skip
-    assert found["written"] == 15 and found["kept"] == 6
+    assert found["written"] == 15 and found["kept"] == 6 and found["refused"] == 0
+    log = capsys.readouterr().out
+    assert (
+        "openai:r1: 15 queries written, 6 kept; dropped: 1 echo, 1 surplus, 1 too_short, 1 too_long, 1 copy, "
+        "1 language, 1 duplicate, 2 ambiguous\n"
+    ) in log
+    crop = generators["crop"]
+    told = ", ".join(f"{n} {name}" for name, n in crop["dropped"].items() if n) or "none"
+    assert f"crop: {crop['written']} queries written, {crop['kept']} kept; dropped: {told}\n" in log
+    assert "refused" not in log
     queries = list(read_jsonl(tmp_path / "out", "queries"))
     assert [q["text"] for q in queries if q["generator"] == "openai:r1"] == [
         "bread in the harbour", "tide in the harbour", "where is tide number 1", "lemon in the harbour",
@@ -143,14 +159,83 @@ def test_a_query_that_brings_another_document_back_is_dropped(made, tmp_path, se
     server = serve(answer=lambda messages: "the glacier" if "bread" in messages[-1]["content"] else "the bread")
     documents = [{"_id": s, "title": "", "text": f"A {s} number 7."} for s in ("bread", "glacier")]
     write(tmp_path / "docs.jsonl", documents)
-    entry = {"kind": "openai", "model": "r1", "base_url": server.base_url, "api_key_env": "QUERIT_TEST_KEY"}
-    changes = {"documents": str(tmp_path / "docs.jsonl"), "generators": [entry], "round_trip_top_k": 1}
+    changes = {"documents": str(tmp_path / "docs.jsonl"), "generators": [entry_of(server)], "round_trip_top_k": 1}
     with pytest.raises(ValueError, match="No query is left"):
         main(arguments(made, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
     main(arguments(made, tmp_path / "out", **{**changes, "round_trip_top_k": 2}))
     assert len(list(read_jsonl(tmp_path / "out", "queries"))) == 2
     assert len(server.requests) == 2  # the second run took the answers of the first
+
+
+def number_in(messages):
+    return int(re.search(r"number (\d+) was", messages[-1]["content"])[1])
+
+
+def test_what_a_server_refuses_is_counted_and_stops_nothing(made, tmp_path, serve, capsys):  # noqa: F811
+    write(tmp_path / "docs.jsonl", [document(n) for n in range(16)])
+    answers = {n: f"the {SUBJECTS[n]} of shelf {n}" for n in range(16)} | {0: 400, 13: 400}
+    server = serve(answer=lambda messages: answers[number_in(messages)])
+    options = {"documents": str(tmp_path / "docs.jsonl"), "round_trip_top_k": 0, "generators": [entry_of(server)]}
+    main(arguments(made, tmp_path / "out", shard_size=1, **options))  # a shard may have nothing but a refused one
+    log = capsys.readouterr().out
+    assert "openai:r1 refused document d0: BadRequestError: " in log and "bad luck" in log
+    assert "openai:r1: documents refused by the server: 2\n" in log and "14 queries written, 14 kept" in log
+    summary = json.loads((tmp_path / "out" / "mine.json").read_text())["generators"]["openai:r1"]
+    assert (summary["refused"], summary["written"], summary["kept"]) == (2, 14, 14)
+    assert asked(tmp_path / "out") == {f"d{n}" for n in range(16)} - {"d0", "d13"}
+    assert len(server.requests) == 16
+
+
+@pytest.mark.parametrize("shard_size", [2, 64])
+def test_a_server_that_refuses_everything_ends_in_its_own_words(made, tmp_path, serve, shard_size):  # noqa: F811
+    write(tmp_path / "docs.jsonl", [document(n) for n in range(16)])
+    server = serve(answer=lambda messages: 400)
+    generators = [{"kind": "crop"}, entry_of(server)]
+    args = arguments(
+        made, tmp_path / "out", documents=str(tmp_path / "docs.jsonl"), round_trip_top_k=0, generators=generators,
+        shard_size=shard_size,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"refused each of the first 16 documents \(BadRequestError.*bad luck"):
+        main(args)
+    assert not (tmp_path / "out").exists()
+    server.answer = "the one on the shelf\nwho oils it?"
+    main(args)  # all are asked again
+    summary = json.loads((tmp_path / "out" / "mine.json").read_text())["generators"]["openai:r1"]
+    assert summary["refused"] == 0 and summary["written"] == 32
+
+
+def test_answers_are_kept_however_the_server_is_reached(made, tmp_path, serve, monkeypatch):  # noqa: F811
+    write(tmp_path / "docs.jsonl", [document(n) for n in range(12)])
+
+    def answer(messages):
+        return f"the {SUBJECTS[number_in(messages)]} of the house"
+
+    busy = serve(answer=lambda messages: 503 if number_in(messages) == 9 else answer(messages))
+    other = serve(answer=answer)
+    monkeypatch.setenv("OTHER_KEY", "sk-other")
+
+    options = {"documents": str(tmp_path / "docs.jsonl"), "shard_size": 4, "round_trip_top_k": 0}
+
+    def mine(server, **changes):
+        entry = entry_of(server, **{"max_retries": 0, "concurrency": 1, **changes})
+        main(arguments(made, tmp_path / "out", generators=[entry], **options))
+
+    def numbers(server):
+        return [number_in(body["messages"]) for _, _, body in server.requests]
+
+    for changes in ({}, {"timeout": 5, "requests_per_minute": 10_000, "max_retries": 1}):
+        with pytest.raises(RuntimeError, match="gave no answer"):
+            mine(busy, **changes)
+    assert [n for n in numbers(busy) if n < 8] == list(range(8)) and numbers(busy).count(9) == 3
+    mine(other, api_key_env="OTHER_KEY", concurrency=3)
+    assert sorted(numbers(other)) == [8, 9, 10, 11]
+    assert len(asked(tmp_path / "out")) == 12
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="gave no answer"):
+        mine(busy)
+    mine(other, temperature=0.1)  # other answers: all are asked
+    assert len(other.requests) == 4 + 12
 
 
 def asked(folder):
@@ -196,6 +281,15 @@ def test_two_workers_write_what_one_writes(made, tmp_path):
     main(arguments(made, tmp_path / "one", round_trip_top_k=0))
     main(arguments(made, tmp_path / "two", round_trip_top_k=0, workers=2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_ray_writes_what_one_process_writes(made, tmp_path, local_ray, monkeypatch):  # noqa: F811
+    options = {"shard_size": 40, "round_trip_top_k": 1}
+    main(arguments(made, tmp_path / "one", **options))
+    monkeypatch.setattr(shards, "run_local", lambda *_: pytest.fail("not on Ray"))
+    main(arguments(made, tmp_path / "ray", engine="ray", workers=2, **options))
+    assert contents(tmp_path / "one") == contents(tmp_path / "ray")
+    assert json.loads((tmp_path / "ray" / "mine.json").read_text())["generators"]["crop"]["dropped"]["round_trip"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +347,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(made, talker, tmp_path):
         ({"generators": [{"kind": "crops"}]}, "must be one of crop, local, openai"),
         ({"held_aside": 1.0}, "held_aside is 1.0"),
         ({"shard_size": 0}, "shard_size is 0; it must be at least 1"),
+        ({"sample": 0}, "sample is 0; it must be at least 1, or null"),
         ({"retriever_tokenizer": None}, "give retriever_tokenizer, or round_trip_top_k: 0"),
     ],
 )

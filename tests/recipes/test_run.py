@@ -215,6 +215,39 @@ def test_a_stopped_stage_goes_on_and_another_config_begins_anew(recipe):
     assert (Path("runs/old/general-2/general.work/half")).read_text() == "half"
 
 
+def test_how_work_is_done_is_of_no_account_to_what_is_done_and_to_what_is_begun(recipe):
+    server = {"kind": "openai", "model": "deepseek-ai/DeepSeek-R1", "base_url": "http://a/v1", "concurrency": 8}
+    edit("2_mine_fr", generators=[server])
+
+    def stopped(stage):
+        Path("runs/fr.work").mkdir(parents=True)
+        Path("runs/fr.work/paid").write_text("answers")
+        raise RuntimeError("stopped")
+
+    def goes_on(stage):
+        assert Path("runs/fr.work/paid").read_text() == "answers"
+        Path("runs/fr.work/paid").unlink()
+        Path("runs/fr.work").rmdir()
+        pretend(stage)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_all(only="2_mine_fr", do=stopped)
+    edit("2_mine_fr", generators=[server | {"base_url": "http://b/v1", "concurrency": 2, "timeout": 60}], workers=2)
+    assert run_all(only="2_mine_fr", do=goes_on) == ["2_mine_fr"]
+    edit("2_mine_fr", generators=[server], engine="ray")
+    assert run_all(only="2_mine_fr") == []
+    edit("2_mine_fr", generators=[server | {"temperature": 0.1}])
+    assert plan(read_stages("recipe"), ["2_mine_fr"])["2_mine_fr"].why == "config changed: generators"
+    assert run_all(only="2_mine_fr") == ["2_mine_fr"]
+
+    def teachers(**changes):
+        edit("3_score_fr", teachers=[{"model": "owner/teacher", **changes}])
+        return run_all(only="3_score_fr")
+
+    found = [teachers(), teachers(url="http://a"), teachers(url="http://b")]
+    assert found == [["3_score_fr"], ["3_score_fr"], []]  # served, it is another one; where, is of no account
+
+
 def test_measurements_are_kept_for_a_changed_list_of_models(recipe):
     run_all()
     write_yaml("6_evaluate", {"models": {"a": "runs/general"}, "data": ["data/a"], "output_dir": "runs/results"})

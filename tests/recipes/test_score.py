@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from trl import TrlParser
 
+from recipes import targets
 from recipes.data import read_corpus
 from recipes.score import ScoreArguments, draw, first_stage, main, score_target
 from recipes.shards import read_rows
@@ -158,6 +159,21 @@ def test_a_mined_folder_is_read_by_its_split(made, tmp_path):
         assert len(items) == count
 
 
+def test_files_of_two_configs_are_not_taken_for_one(made, tmp_path, monkeypatch):
+    target = target_of(made, crops=0)
+    whole = prepared(target, tmp_path)[1]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "queries_of", killed)  # the passages are written by then
+        with pytest.raises(KeyboardInterrupt):
+            prepared({**target, "documents": 4}, tmp_path)
+    passages, items = prepared(target, tmp_path)
+    assert len(passages) == len(SUBJECTS) + 6 and items == whole
+
+
 def test_documents_that_are_asked_for_come_into_the_pool_first(tmp_path):
     folder = small_set(tmp_path / "mined")
     header, *lines = (folder / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -252,6 +268,11 @@ def test_the_same_seed_gives_the_same_rows_and_a_finished_file_stays(made, tmp_p
     stamp = a.stat().st_mtime_ns
     main(arguments(made, a))
     assert a.stat().st_mtime_ns == stamp and "is there already" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"a\.parquet is there .* made with other settings \(seed\)"):
+        main(arguments(made, a, seed=1))
+    with pytest.raises(FileExistsError, match=r"other settings \(teachers\)"):
+        main(arguments(made, a, teachers=[{"model": str(made / "teacher"), "url": "http://a"}]))
+    assert a.stat().st_mtime_ns == stamp
     main(arguments(made, c, seed=1))
     assert c.read_bytes() != a.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "b.parquet", "c.parquet"]
@@ -313,6 +334,10 @@ def test_the_first_stage_is_told_by_the_teachers_or_the_config():
     assert first_stage(args, [dense]).tokenizer == "owner/e"
     with pytest.raises(ValueError, match="give tokenizer"):
         first_stage(args, [Teacher("m", kind="vllm", url="http://a")])
+    args = ScoreArguments(
+        output="x", targets={}, teachers=[], retriever="bm25", tokenizer="owner/t", tokenizer_revision="def"
+    )
+    assert first_stage(args, [dense]).tokenizer_revision == "def"
 
 
 @pytest.mark.parametrize(

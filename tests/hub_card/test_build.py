@@ -1,0 +1,197 @@
+"""From a checkpoint to the folder that is uploaded: what is in it, byte for byte the same, whole or not at all."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, pipeline
+
+from hub_card import build as module
+from hub_card.build import build
+from hub_card.card import render
+from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
+from tests.hub_card.folders_for_tests import BUILT, LENGTH, NANO, ROOT, built, by_index
+from tests.loopback_hub import LoopbackHub
+from tests.models_for_tests import KINDS, folder_of, save_folder, tiny_model
+
+QUERIT = Path(sys.executable).with_name("querit")
+QUERY, DOCUMENTS = "rain", ["Rain fell all night.", "The train stops twice.", "oil", "图书馆每天早上九点开门。"]
+CARD = "---\nlicense: apache-2.0\n---\n\n# A tiny model\n"
+FILES = {
+    "README.md", "LICENSE", "SHA256SUMS", "probes.json", "config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", *REMOTE_CODE,
+}  # fmt: skip
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scores(folder: Path) -> list[float]:
+    ranker = pipeline("text-ranking", model=str(folder), dtype=torch.float32, trust_remote_code=True, device="cpu")
+    return by_index(ranker(QUERY, DOCUMENTS))
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_the_files_and_their_sums(kind):
+    folder = built(kind)
+    expected = FILES | ({"chat_template.jinja"} if kind in ("qwen3", "deepseek_v3") else set())
+    there = set(files_in(folder))
+    results = {path for path in there if path.startswith(".eval_results/")}
+    assert there - results == expected
+    assert bool(results) == (kind != "bert")  # a plain card has none
+    sums = (folder / "SHA256SUMS").read_text()
+    assert {line[66:] for line in sums.splitlines()} == there - {"SHA256SUMS"}
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    assert not re.search(rb"/tmp/|/home/|/root/", b"".join(files_in(folder).values()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_the_checkpoints_in_16_bits(kind):
+    expected = load_file(folder_of(kind) / "model.safetensors")
+    found = load_file(built(kind) / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        kept = "e_score_correction_bias" in key  # rounding it would choose other experts
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), key
+        assert torch.equal(tensor, expected[key].to(tensor.dtype)), key
+    assert AutoTokenizer.from_pretrained(built(kind)).model_max_length == LENGTH
+
+
+def test_the_released_nano_is_a_checkpoint_too():
+    expected, found = (load_file(folder / "model.safetensors") for folder in (NANO, built("nano")))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    assert scores(built("nano")) == pytest.approx(scores(NANO), abs=1e-6)
+
+
+def test_results_stand_in_the_card_and_in_the_hubs_files():
+    folder = built("nano")
+    measured = json.loads((ROOT / "recipes/querit-nano/results/dev/results.json").read_text())
+    found = {result.dataset_name: result for result in ModelCard.load(folder / "README.md").data.eval_results}
+    assert {name: result.metric_value for name, result in found.items()} == {
+        name: entry["scores"]["merged"] for name, entry in measured["sets"].items()
+    }
+    [entry] = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "xquad-de-en.yaml").read_text()))
+    assert (entry.dataset_id, entry.value) == ("google/xquad", measured["sets"]["xquad-de-en"]["scores"]["merged"])
+    assert f"queries: {measured['sets']['xquad-de-en']['queries']}" in entry.notes
+    assert not (folder / ".eval_results" / "cacm.yaml").exists()  # no data set of the Hub
+
+
+def test_another_process_elsewhere_builds_the_same_bytes_from_the_hub(tmp_path, monkeypatch):
+    kind = "deepseek_v3"
+    monkeypatch.chdir(folder_of(kind).parent)
+    here = build(Path(kind), tmp_path / "tiny", lambda made: render(made), LENGTH)
+    command = [str(QUERIT), "build", "--max-length", str(LENGTH)]
+    with LoopbackHub() as hub:
+        commit = hub.push("org/tiny", folder_of(kind))
+        hub.push("org/tiny", save_folder(tmp_path / "later", kind, tiny_model(kind, seed=1)))
+        environment = hub.environment(tmp_path / "home")
+        arguments = ["org/tiny", "there/tiny", "--revision", commit]
+        subprocess.run([*command, *arguments], check=True, cwd=tmp_path, env=environment, timeout=120)
+    assert files_in(tmp_path / "there" / "tiny") == files_in(here)
+    # Built in its own place, too.
+    before = files_in(here)
+    assert files_in(build(here, here, lambda made: render(made))) == before
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3"])
+def test_large_weights_are_split(kind, tmp_path):
+    folder = build(folder_of(kind), tmp_path / "x", CARD, LENGTH, max_shard_size="60KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(shards) > 2 and set(index.values()) == set(shards)
+    whole = load_file(built(kind) / "model.safetensors")
+    split = {key: tensor for shard in shards for key, tensor in load_file(folder / shard).items()}
+    assert split.keys() == whole.keys() == index.keys()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in split.items())
+    assert scores(folder) == pytest.approx(scores(built(kind)), abs=1e-6)
+
+
+def test_the_card_is_given_and_what_stood_there_goes(tmp_path):
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "nano")
+    (folder / "stale.txt").write_text("of an earlier release")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    build(folder_of("bert"), folder, CARD, dtype=torch.float16)
+    assert not {"stale.txt", "pytorch_model.bin"} & set(files_in(folder))
+    assert (folder / "README.md").read_text() == CARD
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.float16}  # noqa: SIM118
+    assert (folder / "model.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+def test_a_build_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = build(folder_of("bert"), tmp_path / "nano", CARD)
+    before = files_in(folder)
+    monkeypatch.setattr(module, "LICENSE", tmp_path / "no-licence")
+    with pytest.raises(FileNotFoundError):
+        build(folder_of("bert"), folder, "another card")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="model_index"):  # the last thing that is read
+        build(folder_of("bert"), folder, "---\nmodel-index:\n- name: x\n---\n")
+    rename = Path.rename
+
+    def fail_at_the_new_one(path, target):
+        if path.name == target.name:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", lambda path, to: fail_at_the_new_one(path, Path(to)))
+    with pytest.raises(OSError, match="No space"):
+        build(folder_of("bert"), folder, "another card")
+    monkeypatch.undo()
+    assert files_in(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["nano"]
+
+
+def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path):
+    tiny_model("bert").model.save_pretrained(tmp_path / "in" / "backbone")
+    with pytest.raises(ValueError, match="is no Querit reranker"):
+        build(tmp_path / "in" / "backbone", tmp_path / "out", CARD)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("kept")
+    with pytest.raises(ValueError, match="is no model, and would be replaced"):
+        build(folder_of("bert"), tmp_path / "notes", CARD)
+    with pytest.raises(ValueError, match="holds the checkpoint"):
+        build(tmp_path / "in" / "backbone", tmp_path / "in", CARD)
+    with pytest.raises(ValueError, match="is a file"):
+        build(tmp_path / "notes" / "diary.txt", tmp_path / "out", CARD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes"]
+    assert files_in(tmp_path / "notes") == {"diary.txt": b"kept"}
+
+
+def test_the_record_of_a_merge_comes_along_without_paths(tmp_path):
+    source = shutil.copytree(folder_of("bert"), tmp_path / "merged")
+    step = {"model": "/data/me/adapted-b", "t": 0.5, "linear_tensors_share": 0.25, "linear_parameters_share": 0.1}
+    models = [{"model": "/data/me/adapted-a"}, {"model": "/data/me/adapted-b"}]
+    record = {"method": "slerp", "models": models, "weights": [0.5, 0.5], "steps": [step]}
+    (source / "merge.json").write_text(json.dumps(record))
+    folder = build(source, tmp_path / "x", lambda made: render(made))
+    assert "/data/me" not in (folder / "merge.json").read_text()
+    assert "adapted-a 0.50, adapted-b 0.50." in (folder / "README.md").read_text()
+    assert "At `adapted-b`, 25% of the tensors (10% of the parameters)" in (folder / "README.md").read_text()
+
+
+def test_a_missing_padding_token_is_the_closing_one(tmp_path):
+    source = shutil.copytree(folder_of("qwen3"), tmp_path / "in")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    tokenizer = AutoTokenizer.from_pretrained(build(source, tmp_path / "x", CARD))
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_a_build_loads_by_the_class_installed_here():
+    for kind in KINDS:
+        model, info = QueritForSequenceClassification.from_pretrained(built(kind), output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert model.pooling == ("mean" if kind == "bert" else "last")
