@@ -49,13 +49,13 @@ def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tup
         csv.field_size_limit(2**31 - 1)  # a field may hold a whole document
         separator = "\t" if suffix == ".tsv" else ","
         reader = csv.DictReader(file, delimiter=separator, strict=True)
-        line = 1  # where a row begins: a quote that is not closed runs on to the end
+        begin = 1  # where a row begins: a quote that is not closed runs on to the end
         try:
             if column not in (reader.fieldnames or []):
                 raise fail(f"{name} has no column {column!r}; it has {reader.fieldnames}. Choose one with --column.")
-            line = reader.line_num + 1
+            begin = reader.line_num + 1
             for row in reader:
-                place, line = f"{name}:{reader.line_num}", reader.line_num + 1
+                place, begin = f"{name}:{reader.line_num}", reader.line_num + 1
                 if None in row:
                     raise fail(
                         f"{place}: more fields than columns. Put text that holds {separator!r} in double quotes."
@@ -63,7 +63,7 @@ def read_rows(file: TextIO, name: str, suffix: str, column: str) -> Iterator[tup
                 yield place, {**row, "text": row[column] or ""}
         except csv.Error as error:
             raise fail(
-                f"{name}:{line}: {error}. A field that begins with a quote must end with one, and quotes "
+                f"{name}:{begin}: {error}. A field that begins with a quote must end with one, and quotes "
                 "inside it must be doubled."
             ) from None
         return

@@ -281,6 +281,7 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
                 retriever=first_stage,
                 retriever_revision=args.teacher_revision if first_stage != BM25 else None,
                 tokenizer=args.model,
+                tokenizer_revision=args.revision,
                 top_k=TOP_K,
                 candidates=CANDIDATES - 1,
                 passage_tokens=max_length - 48,

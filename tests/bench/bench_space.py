@@ -23,7 +23,24 @@ from pathlib import Path
 
 from gradio_client import Client
 
-WORDS = "tide moon harbour bread flour lamp winter train garden letter stone river market window bird salt".split()
+WORDS = [
+    "tide",
+    "moon",
+    "harbour",
+    "bread",
+    "flour",
+    "lamp",
+    "winter",
+    "train",
+    "garden",
+    "letter",
+    "stone",
+    "river",
+    "market",
+    "window",
+    "bird",
+    "salt",
+]
 
 
 def free_port() -> int:

@@ -3,14 +3,17 @@
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from hub_card.build import build
-from hub_card.card import render
+from hub_card.card import TEMPLATES, render
 from tests.models_for_tests import KINDS, SCRATCH, folder_of
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "hub_card" / "querit-reranker-nano"
 DEV = ROOT / "recipes" / "querit-nano" / "results" / "dev"
 CARDS = {"qwen3": "querit-reranker-4b", "deepseek_v3": "querit-reranker-a0.4b", "nano": "querit-reranker-nano"}
+SYSTEM = yaml.safe_load((TEMPLATES / "querit-reranker-nano.yaml").read_text())["system"]  # of the results: Nano
 BUILT = [*KINDS, "nano"]  # bert: with the card that any model gets
 LENGTH = 256  # tokens of a pair of the tiny ones
 

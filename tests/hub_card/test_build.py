@@ -19,7 +19,7 @@ from hub_card import build as module
 from hub_card.build import build
 from hub_card.card import render
 from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
-from tests.hub_card.folders_for_tests import BUILT, LENGTH, NANO, ROOT, built, by_index
+from tests.hub_card.folders_for_tests import BUILT, LENGTH, NANO, ROOT, SYSTEM, built, by_index
 from tests.loopback_hub import LoopbackHub
 from tests.models_for_tests import KINDS, folder_of, save_folder, tiny_model
 
@@ -80,10 +80,10 @@ def test_results_stand_in_the_card_and_in_the_hubs_files():
     measured = json.loads((ROOT / "recipes/querit-nano/results/dev/results.json").read_text())
     found = {result.dataset_name: result for result in ModelCard.load(folder / "README.md").data.eval_results}
     assert {name: result.metric_value for name, result in found.items()} == {
-        name: entry["scores"]["merged"] for name, entry in measured["sets"].items()
+        name: entry["scores"][SYSTEM] for name, entry in measured["sets"].items()
     }
     [entry] = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "xquad-de-en.yaml").read_text()))
-    assert (entry.dataset_id, entry.value) == ("google/xquad", measured["sets"]["xquad-de-en"]["scores"]["merged"])
+    assert (entry.dataset_id, entry.value) == ("google/xquad", measured["sets"]["xquad-de-en"]["scores"][SYSTEM])
     assert f"queries: {measured['sets']['xquad-de-en']['queries']}" in entry.notes
     assert not (folder / ".eval_results" / "cacm.yaml").exists()  # no data set of the Hub
 

@@ -19,7 +19,7 @@ from hub_card.build import SUMS
 from hub_card.card import TEMPLATES, member_of, members, render
 from hub_card.engines import installed_ranker
 from hub_card.lineage import data_sets, stages_of
-from tests.hub_card.folders_for_tests import CARDS, DEV, NANO, ROOT, built
+from tests.hub_card.folders_for_tests import CARDS, DEV, NANO, ROOT, SYSTEM, built
 
 QUERY = "Why does the sea rise twice a day?"
 KINDS = list(CARDS)
@@ -103,7 +103,7 @@ def test_the_lines_for_vllm_name_what_the_export_writes(kind, tmp_path, monkeypa
 def test_nanos_results_are_those_of_the_file():
     results = json.loads((DEV / "results.json").read_text())
     by_set, way = tables(section(card("nano"), "How it scores"))
-    systems = ["BM25", "retriever", "merged", "merged + first stage"]
+    systems = ["BM25", "retriever", SYSTEM, f"{SYSTEM} + first stage"]
     assert by_set[0] == [
         "set",
         "score",
@@ -115,7 +115,7 @@ def test_nanos_results_are_those_of_the_file():
     ]
     for row, (name, entry) in zip(by_set[1:-2], results["sets"].items(), strict=True):
         values = [sum(q.values()) / len(q) for s in systems for q in entry["per_query"][s].values()]
-        assert row[:3] == [name, "nDCG@10", str(len(entry["per_query"]["merged"]["default test"]))]
+        assert row[:3] == [name, "nDCG@10", str(len(entry["per_query"][SYSTEM]["default test"]))]
         assert [float(cell) for cell in row[3:]] == pytest.approx([100 * value for value in values], abs=0.056)
     means = [results["mean"][system]["score"] for system in systems]
     assert [float(cell) for cell in by_set[-2][3:]] == pytest.approx(means, abs=0.051)
@@ -210,20 +210,20 @@ def test_a_card_is_made_anew_from_the_same_files(kind):
 
 def test_other_results_make_another_card(tmp_path):
     results = json.loads((DEV / "results.json").read_text())
-    results["sets"]["cacm"]["scores"]["merged"] = 98.76
-    results["mean"]["merged"] = {"score": 76.54, "gain": 5.0, "interval": [1.0, 9.0]}
+    results["sets"]["cacm"]["scores"][SYSTEM] = 98.76
+    results["mean"][SYSTEM] = {"score": 76.54, "gain": 5.0, "interval": [1.0, 9.0]}
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = render(built("nano"), "querit-reranker-nano", tmp_path)
     assert "| 98.8 |" in text and "| 76.5 |" in text and "+5.0 [+1.0, +9.0]" in text
     assert "By itself it is better than its first stage" in text
-    results["mean"]["merged"]["interval"] = [-1.0, 9.0]
+    results["mean"][SYSTEM]["interval"] = [-1.0, 9.0]
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "neither clearly better nor clearly worse" in render(built("nano"), "querit-reranker-nano", tmp_path)
     plain = render(built("bert"), None, tmp_path)  # of any model: the last one that was measured
     assert plain.split("\n---\n")[1].startswith("\n# bert\n") and "| 98.8 |" in plain
-    del results["mean"]["merged"]
+    del results["mean"][SYSTEM]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="not 'merged'"):
+    with pytest.raises(ValueError, match=f"not '{SYSTEM}'"):
         render(built("nano"), "querit-reranker-nano", tmp_path)
 
 
