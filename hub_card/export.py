@@ -15,37 +15,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hub_card.convert import LEGAL_FILES, TOKENIZER_FILES, check_folders, read_headers, weight_files, write_json
+from hub_card.probes import PROBES
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.pipeline_querit import TextRankingPipeline
 from modeling_querit.prompting_querit import EncodedPair
 from modeling_querit.scoring_querit import score_pairs
 
-PROBES = {
-    "Why does the sea rise and fall twice a day?": [
-        "The Moon's pull raises two bulges of water, and the turning Earth carries every coast through both.",
-        "A lighthouse keeper noted wind and fog each morning.",
-        "Las mareas se deben a la atracción de la Luna y, en menor medida, del Sol.",
-        "Salt.",
-        "潮汐主要由月球的引力引起，每天有两次高潮和两次低潮。",
-        " ".join(["The harbour has twelve berths, a crane from 1911 and a café that opens at six."] * 5),
-    ],
-    "Wie lange hält ein Fahrradreifen?": [
-        "Ein guter Reifen hält 3.000 bis 6.000 km; zu wenig Luft verkürzt seine Lebensdauer.",
-        "Bicycle tyres last longer if they are kept at the right pressure and out of the sun.",
-        "Der Bäcker öffnet um sechs Uhr.",
-        "Шины нужно накачивать раз в две недели, иначе они изнашиваются быстрее.",
-        "図書館は毎朝九時に開きます。",
-        "Oil the chain, not the tyre.",
-    ],
-    "図書館は何時に開きますか": [
-        "図書館は平日の朝九時に開き、週末は休みです。",
-        "The library opens at nine on weekdays.",
-        "カメラを持って公園へ行きましょう。",
-        "도서관은 매일 아침 아홉 시에 문을 엽니다.",
-        "La panadería abre a las seis.",
-        "Zugvögel finden ihren Weg nach den Sternen.",
-    ],
-}
 # Largest difference of a float32 logit between two engines, as a share of the largest logit where that is over 1.
 TOLERANCE = 1e-4
 
@@ -97,7 +72,7 @@ def load_for_export(source: Path) -> tuple[QueritForSequenceClassification, PreT
     """The model in float32, on the CPU, and its tokenizer."""
     # Eager attention: in an exported graph it is a few plain products, and the scores are those of any other.
     model = QueritForSequenceClassification.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    return model.eval(), AutoTokenizer.from_pretrained(source)
+    return model.eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def encode_probes(

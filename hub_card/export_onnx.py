@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -106,8 +107,8 @@ def write_onnx(source: Path, config: dict, folder: Path) -> None:
     expected = probe_logits(model, pairs, tokenizer.pad_token_id)
     check_pair_template(source, texts, pairs)
 
-    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model.config)].__name__
-    write_json(folder / "config.json", {**config_for_engines(config, architecture), "dtype": "float32"})
+    classifier: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model.config)]
+    write_json(folder / "config.json", {**config_for_engines(config, classifier.__name__), "dtype": "float32"})
     copy_tokenizer_and_licence(source, folder)
     (folder / "onnx").mkdir()
     with quiet():
@@ -213,7 +214,8 @@ def check_pair_template(source: Path, texts: list[tuple[str, str]], pairs: list[
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, of numbers without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    matrix: np.ndarray = np.corrcoef(np.stack(ranks))  # type: ignore[assignment]
+    return float(matrix[0, 1])
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def write_vllm(source: Path, config: dict, folder: Path) -> None:
             f"{' and '.join(MODEL_TYPES)}, read out at the last token. Use --to onnx for this one."
         )
     model, tokenizer = load_for_export(source)
-    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model.config)]
+    architecture: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model.config)]
     if not issubclass(architecture, GenericForSequenceClassification) or model.pooling != "last":
         raise ValueError(
             f"{source} reads out the {model.pooling} token; {architecture.__name__} reads the last one. Only models "
@@ -168,7 +168,7 @@ def write_weights(source: Path, folder: Path, score: dict[str, torch.Tensor]) ->
 
 def check_prompts(folder: Path, texts: list[tuple[str, str]], pairs: list[EncodedPair]) -> None:
     """Renders and tokenises the probes as vLLM's score API does; the ids must be the model's own."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for (query, document), pair in zip(texts, pairs, strict=True):
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -179,16 +179,18 @@ def check_prompts(folder: Path, texts: list[tuple[str, str]], pairs: list[Encode
             )
 
 
-def score_exported(folder: Path, architecture: type, pairs: list[EncodedPair], pad_token_id: int) -> torch.Tensor:
+def score_exported(
+    folder: Path, architecture: type[torch.nn.Module], pairs: list[EncodedPair], pad_token_id: int
+) -> torch.Tensor:
     """Logits by transformers' own class, float32, `(pairs,)`, in padded batches."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report score.bias, which it has no place for
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded
     missing, unexpected = info["missing_keys"], set(info["unexpected_keys"]) - {"score.bias"}
     if type(model) is not architecture or missing or unexpected or info["mismatched_keys"]:
         raise ValueError(
@@ -201,5 +203,5 @@ def score_exported(folder: Path, architecture: type, pairs: list[EncodedPair], p
             rows = [torch.tensor(pair.input_ids) for pair in pairs[start : start + 6]]
             input_ids = pad_sequence(rows, True, pad_token_id)
             mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0)
-            logits.append(model.eval()(input_ids=input_ids, attention_mask=mask).logits[:, 0].float())
+            logits.append(model(input_ids=input_ids, attention_mask=mask).logits[:, 0].float())
     return torch.cat(logits)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from space_app.limits import RefusedError
@@ -55,7 +55,8 @@ def allowed_minutes() -> float:
 
 def stage_of(work: Path, seconds: float, minutes: float) -> Progress:
     """How far a run is: by what stands in its folder, and within a stage by the clock."""
-    done = sum((work / name).exists() for name, _ in STAGES)
+    # The last that stands there: some are removed when they have served.
+    done = max((place for place, (name, _) in enumerate(STAGES, 1) if (work / name).exists()), default=0)
     stage = STAGES[done][1] if done < len(STAGES) else "Packing"
     clock = min(seconds / (60 * minutes), 1.0)
     return Progress(min((done + clock) / (len(STAGES) + 1), 0.99), stage, seconds)
@@ -86,12 +87,14 @@ def adapt(models: Models, documents: list[str], name: str, minutes: float) -> It
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        start = time.monotonic()
+        start, step = time.monotonic(), Progress(0.0, STAGES[0][1], 0.0)
         while process.poll() is None:
             seconds = time.monotonic() - start
             if seconds > 60 * (GRACE * minutes + 2):
                 raise RefusedError("The run took far longer than asked for and was stopped.")
-            yield stage_of(Path(f"{output}.work"), seconds, minutes)
+            now = stage_of(Path(f"{output}.work"), seconds, minutes)
+            step = now if now.share >= step.share else replace(step, seconds=seconds)
+            yield step
             time.sleep(0.5)
         if process.returncode:
             raise RefusedError(reason(log.read_text(encoding="utf-8", errors="replace"), folder))

@@ -43,6 +43,8 @@ def theme() -> gr.themes.Base:
         button_secondary_background_fill_dark="#191e25",
         button_secondary_border_color="#c9d0da",
         button_secondary_border_color_dark="#3b4552",
+        input_placeholder_color="#66717f",
+        input_placeholder_color_dark="#8f9aaa",
         input_border_width="1px",
         input_border_color_focus="#0d6e6e",
         input_border_color_focus_dark="#4fc4bb",

@@ -80,7 +80,7 @@ def add_rank_tab(page: gr.Blocks, models: Models, limits: Limits) -> None:
                     label=f"{', '.join(DOCUMENT_FILES)}, at most {limits.file_bytes / 1e6:g} MB",
                     file_types=list(DOCUMENT_FILES),
                     type="filepath",
-                    height=120,
+                    height=150,
                     elem_id="file",
                 )
                 column = gr.Dropdown([], label="Column that holds the text", visible=False, elem_id="column")

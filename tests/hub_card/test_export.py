@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from typer.testing import CliRunner
 
 import querit
-from hub_card.export import PROBES, export
+from hub_card.export import export
+from hub_card.probes import PROBES
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from tests.models_for_tests import (
