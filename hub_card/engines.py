@@ -28,7 +28,7 @@ def installed_pipeline(folder: Path, requests: Requests) -> list[float]:
 
 def trusting_pipeline(folder: Path, requests: Requests) -> list[float]:
     options: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32, "device": "cpu"}
-    return _ranked(pipeline("text-ranking", model=str(folder), **options), requests)
+    return _ranked(pipeline("text-ranking", model=str(folder), **options), requests)  # type: ignore[call-overload]
 
 
 def auto_model(folder: Path, requests: Requests) -> list[float]:

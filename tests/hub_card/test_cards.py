@@ -219,7 +219,7 @@ def test_other_results_make_another_card(tmp_path):
     results["mean"][SYSTEM]["interval"] = [-1.0, 9.0]
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "neither clearly better nor clearly worse" in render(built("nano"), "querit-reranker-nano", tmp_path)
-    results["sets"]["cacm"]["scores"][[*results["settings"]["models"]][-1]] = 87.65
+    results["sets"]["cacm"]["scores"][[*results["settings"]["models"]][-1]] = 87.63
     (tmp_path / "results.json").write_text(json.dumps(results))
     plain = render(built("bert"), None, tmp_path)  # of any model: the last one that was measured
     assert plain.split("\n---\n")[1].startswith("\n# bert\n") and "| 87.6 |" in plain
