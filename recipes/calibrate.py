@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from hub_card.build import MERGE_RECORD
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from modeling_querit.scoring_querit import score_pairs
@@ -66,6 +67,8 @@ def main(args: CalibrateArguments) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    if (record := Path(args.model_name_or_path) / MERGE_RECORD).is_file():  # how the model came, for its card
+        shutil.copy(record, aside)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
     print(f"{out}: logit = {slope:.3f} * logit {intercept:+.3f}, fitted on {len(groups)} queries, {len(pairs)} pairs")

@@ -309,7 +309,7 @@ def copy_files(models: list[Checkpoint], folder: Path) -> None:
     """Config, tokenizer, chat template and remote code of the first model.
 
     Left behind: what a training writes beside them, the card, and the files for sentence-transformers, whose Dense
-    module holds a copy of the head; hub_card.release writes those anew.
+    module holds a copy of the head; hub_card.build writes those anew.
     """
     first = models[0].folder
     tokenizer = AutoTokenizer.from_pretrained(first)

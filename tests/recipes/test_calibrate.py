@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -36,12 +38,15 @@ def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_
         relevant = [i == best for i in range(6)]
         rows.append({"query": f"keep a {subject}", "documents": documents, "relevant": relevant})
     Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
+    merged = shutil.copytree(folder_of("bert"), tmp_path / "merged")
+    (merged / "merge.json").write_text('{"method": "slerp"}')
     main(
         CalibrateArguments(
-            model_name_or_path=str(folder_of("bert")), data=str(tmp_path / "data.parquet"), max_length=48,
+            model_name_or_path=str(merged), data=str(tmp_path / "data.parquet"), max_length=48,
             output_dir=str(tmp_path / "out"), first_group=16, groups=100,
         )
     )  # fmt: skip
+    assert (tmp_path / "out" / "merge.json").read_text() == '{"method": "slerp"}'
     calibrated = pipeline("text-ranking", model=str(tmp_path / "out"), trust_remote_code=True)
     probabilities = []
     for row in rows[16:]:
