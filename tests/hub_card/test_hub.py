@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from transformers import dynamic_module_utils
 
 from modeling_querit.modeling_querit import REMOTE_CODE
 from tests.loopback_hub import File, LoopbackHub, Tree, git_oid, read_tree
@@ -118,8 +119,10 @@ def hub():
 def client(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    # A spawned process takes over sys.path, where this one's cache of remote code would come before its own.
+    path = [folder for folder in sys.path if folder != dynamic_module_utils.HF_MODULES_CACHE]
     with pool:
-        with mock.patch.dict(os.environ, hub.environment(home), clear=True):
+        with mock.patch.dict(os.environ, hub.environment(home), clear=True), mock.patch.object(sys, "path", path):
             pool.submit(os.getpid).result(timeout=120)
         yield Client(pool, home)
 

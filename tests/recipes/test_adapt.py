@@ -217,5 +217,6 @@ def test_a_server_that_refuses_is_named(documents, model, tmp_path, monkeypatch)
 
 def test_causal_rerankers_are_adapted_too(documents, tmp_path):
     model = save_folder(tmp_path / "causal", "qwen3", tiny_model("qwen3"))
-    adapt(AdaptArguments(str(documents), str(model), str(tmp_path / "mine"), budget_minutes=600, queries_per_document=1))
-    assert (tmp_path / "mine" / "chat_template.jinja").exists()
+    output = tmp_path / "mine"
+    adapt(AdaptArguments(str(documents), str(model), str(output), budget_minutes=600, queries_per_document=1))
+    assert (output / "chat_template.jinja").exists()
