@@ -1,6 +1,6 @@
 # make demo   rank a few documents in eight languages with the released Nano, then open the page
 # make test   lint, types and all tests
-# make bench  pairs per second beside other ways to run the same model
+# make bench  speed and memory beside other ways to run the same models: about an hour on two cores
 VENV ?= .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -23,7 +23,10 @@ test: $(VENV)/test-installed
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/test-installed
+	$(PIP) -e ".[bench]"
 	$(VENV)/bin/python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
+	$(VENV)/bin/python -m tests.bench.bench_growth --output tests/bench/results/growth.json
+	$(VENV)/bin/python -m tests.bench.bench_loading --output tests/bench/results/loading.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

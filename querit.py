@@ -93,7 +93,7 @@ def named(model: str | None) -> str:
     return model
 
 
-def load_ranker(model: str, revision: str | None):
+def load_ranker(model: str, revision: str | None, devices: str | None = None):
     """The pipeline over a folder or Hub repo, with the code installed here: no remote code is run."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -104,6 +104,8 @@ def load_ranker(model: str, revision: str | None):
 
     logging.disable_progress_bar()
     if model.endswith(".onnx"):
+        if devices:
+            raise fail("--devices is not for .onnx files, which use every core by themselves.")
         try:
             from hub_card.exported_onnx import load_onnx_ranker
 
@@ -116,9 +118,9 @@ def load_ranker(model: str, revision: str | None):
         folder = Path(model) if Path(model).exists() else download(model, revision)
         network = QueritForSequenceClassification.from_pretrained(folder, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        return TextRankingPipeline(network, tokenizer=tokenizer, devices=devices.split(",") if devices else None)
     except (OSError, ValueError) as error:
         raise fail(str(error)) from None
-    return TextRankingPipeline(network, tokenizer=tokenizer)
 
 
 @app.command()
@@ -135,15 +137,18 @@ def rank(
     instruction: Annotated[str | None, typer.Option(help="What relevance means here.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hub repo.")] = None,
     column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    devices: Annotated[
+        str | None, typer.Option(help="Devices that share the work, with commas between: cuda:0,cuda:1.")
+    ] = None,
 ) -> None:
     """Order documents by how well they answer a query."""
     rows = list(read_documents(files, column))
     if not rows:
         raise fail("no documents: the input is empty.")
-    ranker = load_ranker(named(model), revision)
+    ranker = load_ranker(named(model), revision, devices)
     try:
         results = ranker(query, [document for _, document in rows], top_k=top_k, instruction=instruction)
-    except (TypeError, ValueError, MemoryError) as error:
+    except (TypeError, ValueError, MemoryError, RuntimeError) as error:
         raise fail(str(error)) from None
     for result in results:
         result["source"] = rows[result["index"]][0]

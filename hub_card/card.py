@@ -20,6 +20,7 @@ from hub_card.lineage import data_sets, stages_of, training_table
 TEMPLATES = Path(__file__).parent / "templates"
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "tests" / "bench" / "results" / "scoring.json"
+PRECISION = SPEED.with_name("precision.json")
 SHARED = "card.md.jinja"
 FIRST_STAGE, WORDS, FUSED = "retriever", "BM25", " + first stage"  # systems, as recipes.results names them
 METADATA = {
@@ -74,6 +75,7 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
         **facts(folder),
         measured=measured,
         speed=speed_table(about["speed"]) if "speed" in about else "",
+        precision=precision_table() if "speed" in about else "",
         merge=read_merge(folder),
         recipe=about.get("recipe"),
         published=published and {**published, "table": published_table(published)},
@@ -162,20 +164,35 @@ def gain(mean: dict) -> str:
 
 
 def speed_table(model: str) -> str:
-    """Pairs per second of the benchmark's rows of `model`, a row per work, a column per way; "" if there are none."""
+    """Pairs per second of the benchmark's rows of `model`, a row per way, a column per work; "" if there are none."""
     if not SPEED.is_file():
         return ""
     measured = json.loads(SPEED.read_text(encoding="utf-8"))
     rows = [row for row in measured["rows"] if row["model"] == model]
     if not rows:
         return ""
-    ways = list(dict.fromkeys(row["way"] for row in rows))
+    works = list(dict.fromkeys(row["work"] for row in rows))
     rates = {(row["work"], row["way"]): f"{row['pairs_per_second']:.0f}" for row in rows}
-    table = [["documents", *ways]]
-    table += [[work, *(rates.get((work, way), "") for way in ways)] for work in dict.fromkeys(r["work"] for r in rows)]
+    table = [["way", *works]]
+    table += [[way, *(rates.get((work, way), "") for work in works)] for way in dict.fromkeys(r["way"] for r in rows)]
     machine = measured["machine"]
-    about = f"{machine['cpu']}, {machine['threads']} threads, {machine['dtype'].removeprefix('torch.')}"
+    about = f"{machine['cpu']}, {machine['threads']} threads, {rows[0]['dtype']} where no other is named"
     return f"{markdown(table)}\n\nPairs per second ({about}, torch {machine['torch']})."
+
+
+def precision_table() -> str:
+    """nDCG@10 over the judged sets of the released Nano in each precision; "" if it was not measured."""
+    if not PRECISION.is_file():
+        return ""
+    measured = json.loads(PRECISION.read_text(encoding="utf-8"))
+    sets = measured["sets"].values()
+    table = [["precision", "nDCG@10", "difference [95% interval]"]]
+    for way in ("float32", *measured["over_float32"]):
+        mean = sum(found[way] for found in sets) / len(sets)
+        over = measured["over_float32"].get(way)
+        table.append([way, f"{mean:.1f}", gain(over) if over else ""])
+    queries = sum(found["queries"] for found in sets)
+    return f"{markdown(table)}\n\nMean of {len(sets)} development sets, {queries} queries."
 
 
 def evaluations(measured: dict | None, about: dict) -> list[EvalResult]:

@@ -13,16 +13,15 @@ of its own; `peak_mib` is its largest resident set and `imports_mib` the part th
 
 import argparse
 import json
-import os
-import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.bench.machine import machine, peak_mib
 
 SIZES = (10_000, 100_000, 1_000_000)
 QUERIES, ASKED = 256, 5_000
@@ -98,26 +97,11 @@ def candidates_bm25(folder: Path, scratch: Path) -> Callable[[], None]:
 STAGES = {"mine, crops": mine_crops, "candidates, vectors": candidates_vectors, "candidates, BM25": candidates_bm25}
 
 
-def peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
-
-
 def measure(stage: str, folder: Path, scratch: Path) -> dict:
     run = STAGES[stage](folder, scratch)
     imports, start = peak_mib(), time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - start, "imports_mib": imports, "peak_mib": peak_mib()}
-
-
-def machine() -> dict:
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "system": platform.system()} | versions
 
 
 def main() -> None:

@@ -1,134 +1,243 @@
-"""Pairs per second of the pipeline beside other ways to score the same pairs, in one run.
+"""Pairs per second and memory of the ways to score the same pairs with the same weights, side by side in one run.
 
     python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
 
-- `pipeline`: this package, as a user calls it; for a causal model also without the shared prefix.
-- `CrossEncoder`: sentence-transformers on the same folder in the same dtype, otherwise its defaults.
-- `padded wrapper`: mteb's copy of the first published wrapper, which pads every pair to 4,095 tokens with a dense mask.
-  It knows causal models only, and Nano's positions end at 512, so it runs on the causal model alone.
-
-Models: the released Nano, and one of Qwen3's architecture with random weights (8 layers, 512 wide), small enough to be
-padded. The median of the repeats counts, after one warm-up.
+- Ways (`ways.py`): the pipeline, for causal models also without the shared prefix; sentence-transformers' CrossEncoder
+  at several batch sizes, of which 32 is its default; a plain transformers loop; the published wrapper, which pads every
+  pair to 4,095 tokens, on two passages; for Nano also float32, torch.compile and ONNX Runtime in float32 and int8.
+- Models (`shapes.py`): the released Nano, and slices of the causal members: the true width, heads and experts with
+  random weights, and a few of the layers, each of which costs what it costs in the whole.
+- Each way runs in a process of its own, and the ways take turns: what the machine does at one time, it does to all.
+  The median of the repeats counts, after one warm-up. `peak_mib` is the largest resident set of the work.
+- `share_of_limit`: the operations that the useful tokens need (no padding, no repeated prompt) by the time, beside the
+  rate of one large matrix product in the same dtype, measured before and after: 2 x the weights that a token is
+  multiplied by, and 4 x heads x head size for each layer and each token that it attends to.
 """
 
 import argparse
 import json
-import platform
+import math
+import multiprocessing
+import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from mteb.models.model_implementations.querit_models import QueritWrapper
-from sentence_transformers import CrossEncoder
-from torch.utils.data import DataLoader
-from transformers import Qwen3Config, pipeline
+from tests.bench.machine import machine, matmul_rate, peak_mib, reset_peak
 
-from hub_card.sentence_transformers_files import write_sentence_transformers_files
-from modeling_querit.modeling_querit import QueritForSequenceClassification
-from modeling_querit.scoring_querit import fastest_cpu_dtype
-from tests.tokenizers_for_tests import qwen3_like_tokenizer
-
-NANO = Path(__file__).parents[2] / "hub_card" / "querit-reranker-nano"
 TEXT = "the tide rises twice a day because moon pulls on near side of earth more strongly than far sea falls"
-QUERY = "why does the sea rise and fall twice a day"
+SLICES = {"0.6B": 7, "4B": 3, "A0.4B": 6, "dense 0.4B": 6}  # layers
 
 
-class Rows(torch.utils.data.Dataset):
-    """What mteb's wrapper reads: batches with `text`, and a data set with `features`."""
-
-    features: tuple[str, ...] = ("text",)
-
-    def __init__(self, texts: list[str]):
-        self.texts = texts
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return {"text": self.texts[index]}
+class Work(NamedTuple):
+    query: int  # tokens
+    shortest: int  # tokens of a document; between them all lengths are as likely
+    longest: int
+    documents: int  # of each query
+    queries: int = 1
+    geometric: bool = False  # short documents are likelier: their logarithm is as likely
 
 
-def documents_of(count: int, shortest: int, longest: int) -> list[str]:
-    """Documents of mixed lengths in words, the same in every run."""
-    words = TEXT.split()
-    lengths = torch.randint(shortest, longest + 1, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-    return [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(n)) for i, n in enumerate(lengths)]
+def works(nano: bool) -> dict[str, Work]:
+    count = 128 if nano else 32
+    found = {
+        "short documents": Work(12, 20, 60, count),
+        "passages": Work(12, 60, 250, count // 2),
+        "mixed lengths": Work(12, 10, 450, count // 2, geometric=True),
+        "long queries": Work(250, 100, 240 if nano else 300, count // 4),
+        "32 queries": Work(12, 20, 60, count // 32, queries=32),
+    }
+    if nano:
+        return found | {"10 passages": Work(12, 60, 250, 10), "1,000 passages": Work(12, 60, 250, 1000)}
+    return found | {"long documents": Work(12, 500, 2000, 5)}
 
 
-def causal_folder(folder: Path) -> Path:
-    tokenizer = qwen3_like_tokenizer()
-    tokenizer.model_max_length = 4096
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-    config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=4, head_dim=64, **shape)
-    torch.manual_seed(0)
-    model = QueritForSequenceClassification(config).to(fastest_cpu_dtype())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_sentence_transformers_files(folder, model.head.weight, model.head.bias, model.pooling, chat_template=True)
-    return folder
+def tokens_per_word(folder: Path) -> float:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return len(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) / len(TEXT.split())
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    run()
-    measured = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        measured.append(time.perf_counter() - start)
-    return statistics.median(measured)
+def requests_of(work: Work, folder: Path) -> list[tuple[str, list[str]]]:
+    """The same in every run. Lengths are in the folder's tokens."""
+    rng, ratio = random.Random(0), tokens_per_word(folder)
+
+    def text(tokens: float) -> str:
+        return " ".join(rng.choices(TEXT.split(), k=max(1, round(tokens / ratio))))
+
+    def length() -> float:
+        if work.geometric:
+            return math.exp(rng.uniform(math.log(work.shortest), math.log(work.longest)))
+        return rng.uniform(work.shortest, work.longest)
+
+    return [(text(work.query), [text(length()) for _ in range(work.documents)]) for _ in range(work.queries)]
+
+
+class Measured(NamedTuple):
+    seconds: float
+    peak_mib: float
+
+
+class Way:
+    """A way in a process of its own."""
+
+    def __init__(self, load: Callable):
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_load, initargs=(load,))
+
+    def measure(self, requests) -> Measured:
+        return self.pool.submit(_measure, requests).result()
+
+
+def _load(load: Callable) -> None:
+    global _run
+    _run = load()
+
+
+def _measure(requests) -> Measured:
+    import torch
+    from torch.utils.benchmark import Timer
+
+    reset_peak()
+    timer = Timer("run(requests)", globals={"run": _run, "requests": requests}, num_threads=torch.get_num_threads())
+    return Measured(timer.timeit(1).median, peak_mib())
+
+
+def ways_of(folder: Path, dtype, exported: Path | None, pairs: int) -> dict[str, Callable]:
+    """`exported` is the ONNX folder of Nano; the others are causal."""
+    import torch
+
+    from tests.bench import ways
+
+    found: dict[str, Callable] = {"pipeline": partial(ways.querit, folder, dtype)}
+    if not exported:
+        found["pipeline, no sharing"] = partial(ways.querit, folder, dtype, shared_prefix=False)
+    for size in ways.BATCHES:
+        if size <= max(pairs, 32):
+            found[f"CrossEncoder, {size} a batch"] = partial(ways.cross_encoder, folder, dtype, size)
+    found["plain loop"] = partial(ways.plain_loop, folder, dtype)
+    if not exported:
+        found["published wrapper"] = partial(ways.published_wrapper, folder, dtype)
+    if exported:
+        found["pipeline, float32"] = partial(ways.querit, folder, torch.float32)
+        found["torch.compile"] = partial(ways.querit_compiled, folder, dtype)
+        found["onnx, float32"] = partial(ways.onnx, exported / "onnx" / "model.onnx")
+        found["onnx, int8"] = partial(ways.onnx, exported / "onnx" / "model_int8.onnx")
+    return found
+
+
+def useful_operations(folder: Path, requests) -> tuple[int, float]:
+    """Tokens that the scores need, each prompt once where it can be shared, and the operations that they take."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from modeling_querit.prompting_querit import PromptEncoder
+    from tests.bench.shapes import linear_parameters
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    causal = config.model_type != "bert"
+    encoder = PromptEncoder(tokenizer, min(tokenizer.model_max_length, config.max_position_embeddings))
+    tokens = attended = 0
+    for query, documents in requests:
+        for place, pair in enumerate(encoder.encode(query, documents)):
+            shared = len(pair.prefix) if causal and place else 0
+            tokens += pair.num_tokens - shared
+            attended += pair.num_tokens**2 - shared**2
+    if causal:
+        attended //= 2
+    head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    width = config.num_attention_heads * (head or config.hidden_size // config.num_attention_heads)
+    return tokens, 2 * linear_parameters(config) * tokens + 4 * width * config.num_hidden_layers * attended
+
+
+def bench(
+    model: str, folder: Path, exported: Path | None, dtype_name: str, repeats: int, chosen: list[str] | None
+) -> list[dict]:
+    import torch
+
+    todo = {name: work for name, work in works(exported is not None).items() if not chosen or name in chosen}
+    most = max(work.documents * work.queries for work in todo.values())
+    loaders = ways_of(folder, getattr(torch, dtype_name), exported, most)
+    ways = {name: Way(load) for name, load in loaders.items()}
+    rows = []
+    for name, work in todo.items():
+        requests = requests_of(work, folder)
+        pairs = work.documents * work.queries
+        tokens, operations = useful_operations(folder, requests)
+        few = [(requests[0][0], requests[0][1][:2])]
+        asked = {way: few if way == "published wrapper" else requests for way in ways}
+        if name != "passages":
+            asked.pop("published wrapper", None)
+        measured: dict[str, list[Measured]] = {way: [] for way in asked}
+        limit = matmul_rate(dtype_name)
+        for repeat in range(repeats + 1):
+            for way, given in asked.items():
+                if way != "published wrapper" or repeat < 2:
+                    measured[way].append(ways[way].measure(given))
+        limit = (limit + matmul_rate(dtype_name)) / 2
+        rates = {
+            way: sum(len(found) for _, found in asked[way]) / statistics.median(x.seconds for x in turns[1:])
+            for way, turns in measured.items()
+        }
+        for way, rate in rates.items():
+            row = {
+                "model": model,
+                "work": name,
+                "way": way,
+                "dtype": dtype_name,
+                "pairs": pairs,
+                "useful_tokens": tokens,
+            }
+            row |= {"pairs_per_second": rate, "tokens_per_second": rate * tokens / pairs}
+            row |= {"pipeline_is_x_times": rates["pipeline"] / rate, "peak_mib": max(x.peak_mib for x in measured[way])}
+            row |= {"limit_gflops": limit / 1e9, "share_of_limit": rate / pairs * operations / limit}
+            rows.append({key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()})
+            print(
+                f"{model:11} {name:16} {way:24} {rate:8.1f} pairs/s   "
+                f"pipeline is {row['pipeline_is_x_times']:6.2f} x   "
+                f"{row['share_of_limit']:5.1%} of the limit   {row['peak_mib']:6.0f} MiB",
+                flush=True,
+            )
+    for way in ways.values():
+        way.pool.shutdown()
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--models", nargs="+", default=["nano", *SLICES], choices=["nano", *SLICES])
+    parser.add_argument("--work", nargs="+", help="only these works")
+    parser.add_argument("--dtype", help="float32 or bfloat16; what the pipeline takes on this machine if not given")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+
+    from hub_card.export import export
+    from modeling_querit.scoring_querit import fastest_cpu_dtype
+    from tests.bench import shapes
+
+    dtype = args.dtype or str(fastest_cpu_dtype()).removeprefix("torch.")
+    configs = {"0.6B": shapes.config_06b, "4B": shapes.config_4b, "A0.4B": shapes.config_a04b}
+    configs["dense 0.4B"] = shapes.config_dense04b
     rows = []
-
-    def compare(model: str, work: str, ways: dict[str, tuple[Callable[[], object], int]]) -> None:
-        rates = {way: pairs / seconds(run, args.repeats) for way, (run, pairs) in ways.items()}
-        for way, rate in rates.items():
-            ratio = rates["pipeline"] / rate
-            row = {"model": model, "work": work, "way": way, "pairs_per_second": rate, "pipeline_is_x_times": ratio}
-            rows.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
-            print(f"{model:7} {work:22} {way:24} {rate:9.1f} pairs/s   pipeline is {ratio:7.2f} x", flush=True)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        for model, folder in (("nano", NANO), ("causal", causal_folder(Path(scratch) / "causal"))):
-            ranker = pipeline("text-ranking", model=str(folder), trust_remote_code=True)
-            encoder = CrossEncoder(str(folder), model_kwargs={"dtype": ranker.model.dtype})
-            for work, shortest, longest in (("short, 10-30 words", 10, 30), ("mixed, 10-250 words", 10, 250)):
-                texts = documents_of(128, shortest, longest)
-                pairs = [(QUERY, text) for text in texts]
-                ways: dict[str, tuple[Callable[[], object], int]] = {
-                    "pipeline": (lambda texts=texts, ranker=ranker: ranker(QUERY, texts), len(texts)),
-                    "CrossEncoder": (lambda pairs=pairs, encoder=encoder: encoder.predict(pairs), len(texts)),
-                }
-                if model == "causal":
-                    few = texts[:2]
-                    wrapper = QueritWrapper(str(folder), fp_options=ranker.model.dtype, batch_size=1)
-                    queries, found = DataLoader(Rows([QUERY] * 2), batch_size=2), DataLoader(Rows(few), batch_size=2)
-                    options = {"task_metadata": None, "hf_split": "", "hf_subset": ""}
-                    ways["pipeline, no sharing"] = (
-                        lambda texts=texts, ranker=ranker: ranker(QUERY, texts, shared_prefix=False),
-                        len(texts),
-                    )
-                    ways["padded wrapper"] = (
-                        lambda a=queries, b=found, w=wrapper, o=options: w.predict(a, b, **o),
-                        len(few),
-                    )
-                compare(model, work, ways)
-
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            made, exported = Path(scratch) / "made", None
+            if model == "nano":
+                folder, exported = shapes.NANO, export(shapes.NANO, made, to="onnx")
+            else:
+                folder = shapes.write_folder(made, configs[model](SLICES[model]))
+            rows += bench(model, folder, exported, dtype, args.repeats, args.work)
     if args.output:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-        machine = {"cpu": cpu, "system": platform.system(), "threads": torch.get_num_threads()}
-        machine |= {"torch": torch.__version__, "dtype": str(fastest_cpu_dtype())}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps({"machine": machine(), "layers": SLICES, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -130,8 +131,14 @@ def test_nanos_other_numbers_come_from_files_too():
     config = json.loads((NANO / "config.json").read_text())
     measured = json.loads((ROOT / "tests/bench/results/scoring.json").read_text())
     rates = {f"{row['pairs_per_second']:.0f}" for row in measured["rows"] if row["model"] == "nano"}
-    [speed] = tables(section(card("nano"), "How fast"))
+    speed, precision = tables(section(card("nano"), "How fast"))
     assert {cell for row in speed[1:] for cell in row[1:]} - {""} == rates  # not every way is tried on every work
+    measured = json.loads((ROOT / "tests/bench/results/precision.json").read_text())
+    for way, mean, difference in precision[1:]:
+        assert float(mean) == pytest.approx(fmean(found[way] for found in measured["sets"].values()), abs=0.051)
+        over = measured["over_float32"].get(way, {"gain": 0, "interval": [0, 0]})
+        told = [float(x) for x in re.findall(r"[+-]?[\d.]+", difference)] or [0, 0, 0]
+        assert told == pytest.approx([over["gain"], *over["interval"]], abs=0.051)
     text = card("nano").split("\n---\n", 1)[1]
     assert f"pruned to {config['vocab_size']:,} pieces" in text.replace("\n", " ")
     limit = json.loads((NANO / "tokenizer_config.json").read_text())["model_max_length"]

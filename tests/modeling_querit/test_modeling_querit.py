@@ -501,6 +501,7 @@ def test_importing_the_package_needs_torch_and_transformers_only():
 import sys
 import modeling_querit.pipeline_querit
 wanted = {"trl", "datasets", "sentence_transformers", "gradio", "mteb", "pandas", "sklearn", "peft"}
+wanted |= {"recipes", "hub_card", "space_app", "typer", "onnxruntime"}
 print(sorted(wanted & set(sys.modules)))
 """
     result = subprocess.run(

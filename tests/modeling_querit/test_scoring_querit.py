@@ -1,5 +1,6 @@
 """The engine: the same score for a pair however it is batched, budgets kept, memory running out, bad scores named."""
 
+import copy
 import itertools
 from functools import cache
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_querit import scoring_querit
+from modeling_querit.attention_querit import use_fast_cpu_kernels
 from modeling_querit.prompting_querit import EncodedPair, PromptEncoder
 from modeling_querit.scoring_querit import (
     TOLERANCE,
@@ -91,6 +93,25 @@ def test_a_pair_scores_the_same_in_any_company(kind, dtype, shared_prefix, batch
     assert (logits - expected[at]).abs().max() <= TOLERANCE[dtype]
     assert any(shared for *_, shared in spy.passes) == (kind in CAUSAL_KINDS and shared_prefix is not False)
     assert expected.std() > 0.05
+
+
+@cache
+def fast_model_of(kind: str):
+    model = copy.deepcopy(model_of(kind, torch.bfloat16))
+    use_fast_cpu_kernels(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared_prefix"),
+    [(kind, shared) for kind in KINDS for shared in (None, False, True) if kind in CAUSAL_KINDS or not shared],
+)
+@pytest.mark.parametrize("batch_tokens", [1, 700, 16384])
+def test_the_fast_kernels_of_a_cpu_score_as_the_others(kind, shared_prefix, batch_tokens):
+    model = fast_model_of(kind)
+    assert model.config._attn_implementation != "sdpa"
+    logits = score_pairs(model, pairs_of(kind), 0, batch_tokens, shared_prefix)
+    assert (logits - alone(kind, torch.bfloat16)).abs().max() <= TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

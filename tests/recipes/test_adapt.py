@@ -2,22 +2,29 @@
 
 import json
 import random
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentence_transformers import CrossEncoder
+from transformers import pipeline
 from typer.testing import CliRunner
 
 import querit
+from hub_card.build import build
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from recipes import adapt as module
 from recipes.adapt import AdaptArguments, Pace, adapt, generator_entry, in_words, judge
 from tests.models_for_tests import save_folder, tiny_model
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
+from tests.recipes.test_generators import Server
+from tests.recipes.test_teachers import cross_encoder
 
 PLACES = ["in the attic", "by the harbour", "under the stairs", "behind the mill", "near the school", "on the island"]
 ACTS = ["is mended", "was found", "stands idle", "is painted", "was sold"]
@@ -220,3 +227,59 @@ def test_causal_rerankers_are_adapted_too(documents, tmp_path):
     output = tmp_path / "mine"
     adapt(AdaptArguments(str(documents), str(model), str(output), budget_minutes=600, queries_per_document=1))
     assert (output / "chat_template.jinja").exists()
+
+
+def written_queries(subject: str, place: str) -> list[str]:
+    return [f"{subject} {place} age", f"How old is the {subject} {place}?"]
+
+
+def answer(messages: list[dict]) -> str:
+    """What a language model's server says of the document that it is shown."""
+    subject, place = re.findall(rf"The (\w+) ({'|'.join(PLACES)})", messages[-1]["content"])[-1]
+    return "<think>Hm.</think>\n1. " + "\n2. ".join(written_queries(subject, place))
+
+
+def test_a_server_writes_the_queries(documents, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server, output = Server(answer=answer), tmp_path / "mine"
+    options = ["--model", model, "--generator", f"{server.base_url}#r1", "--queries-per-document", "2"]
+    found = invoke("adapt", documents, "--output", output, "--budget-minutes", "600", *options)
+    server.shutdown()
+    server.server_close()
+    assert found.exit_code == 0, found.output
+    assert len(server.requests) == len(SUBJECTS) * len(PLACES)
+    assert {(key, body["model"]) for _, key, body in server.requests} == {("Bearer sk-very-secret", "r1")}
+    work = tmp_path / "mine.work"
+    mined = {json.loads(line)["text"] for line in (work / "mined" / "queries.jsonl").read_text().splitlines()}
+    wanted = {query for subject in SUBJECTS for place in PLACES for query in written_queries(subject, place)}
+    assert mined <= wanted and len(mined) > 0.9 * len(wanted)
+    assert {row["query"] for row in pq.read_table(work / "scored.parquet").to_pylist()} <= wanted
+    assert f"{server.base_url}#r1" in (output / "README.md").read_text()
+    verdict = json.loads((work / "adaptation.json").read_text())["verdict"]
+    assert equal_weights(output, model) != verdict["better"]
+    files = [path for folder in (work, output) for path in folder.rglob("*") if path.is_file()]
+    assert not any(b"sk-very-secret" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("kind", ["querit", "cross-encoder"])
+def test_a_model_that_reads_pairs_is_the_teacher(documents, model, tmp_path, kind):
+    teacher, output = tmp_path / "teacher", tmp_path / "mine"
+    if kind == "querit":  # a released folder, of another backbone than the model that is adapted
+        build(save_folder(tmp_path / "causal", "qwen3"), teacher, "# A teacher\n")
+        ranker = pipeline("text-ranking", model=str(teacher), trust_remote_code=True)
+    else:
+        cross_encoder(teacher)
+    options = ["--model", model, "--teacher", teacher, "--queries-per-document", "1"]
+    found = invoke("adapt", documents, "--output", output, "--budget-minutes", "600", *options)
+    assert found.exit_code == 0, found.output
+    work = tmp_path / "mine.work"
+    for row in pq.read_table(work / "scored.parquet").to_pylist()[:5]:
+        if kind == "querit":
+            ranked = sorted(ranker(row["query"], row["documents"]), key=lambda result: result["index"])
+            expected = [result["score"] for result in ranked]
+        else:
+            expected = CrossEncoder(str(teacher)).predict([(row["query"], text) for text in row["documents"]])
+        assert len(row["documents"]) > 1 and row["scores"] == pytest.approx(expected, abs=0.02)  # in bf16 where fast
+    assert f"candidates scored by {teacher}." in (output / "README.md").read_text()
+    verdict = json.loads((work / "adaptation.json").read_text())["verdict"]
+    assert equal_weights(output, model) != verdict["better"]

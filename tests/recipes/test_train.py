@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,12 +11,14 @@ from datasets import Dataset, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import pipeline
+from transformers import HfArgumentParser, pipeline
 from trl import RewardConfig
 
-from recipes.train import GroupCollator, ScriptArguments, kl_loss, main, margin_loss
+from modeling_querit.modeling_querit import QueritForSequenceClassification
+from recipes.train import GroupCollator, ScriptArguments, kl_loss, last_whole_checkpoint, main, margin_loss
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_backbone
 
+ROOT = Path(__file__).parents[2]
 groups = st.lists(
     st.lists(st.tuples(st.floats(-1, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=5),
     min_size=1,
@@ -81,17 +87,21 @@ def made(tmp_path_factory):
     return folder
 
 
-def run(made, output, loss="kl", **changes):
-    script = ScriptArguments(
-        model_name_or_path=str(made / "base"), train_data=str(made / "data.parquet"), pooling="mean", loss=loss,
-        attn_implementation="eager",
-    )  # fmt: skip
-    options = {
+def settings(made, output, loss="kl", **changes):
+    return {
+        "model_name_or_path": str(made / "base"), "train_data": str(made / "data.parquet"), "pooling": "mean",
+        "loss": loss, "attn_implementation": "eager", "output_dir": str(output),
         "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 5, "save_steps": 20,
         "max_length": 48, "bf16": True, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none",
         "disable_tqdm": True, "seed": 3, **changes,
     }  # fmt: skip
-    main(script, RewardConfig(output_dir=str(output), **options))
+
+
+def run(made, output, loss="kl", **changes):
+    script, config = HfArgumentParser((ScriptArguments, RewardConfig)).parse_dict(
+        settings(made, output, loss, **changes)
+    )
+    main(script, config)
     return output
 
 
@@ -157,3 +167,42 @@ def test_frozen_parameters_stay_and_others_move(made, tmp_path):
 def test_an_unknown_loss_is_named(made, tmp_path):
     with pytest.raises(ValueError, match="margin or kl"):
         run(made, tmp_path / "x", loss="hinge")
+
+
+def test_two_processes_train_as_one_does(made, tmp_path):
+    """`accelerate launch` with the recipes' own file, on two CPU processes that gloo connects.
+
+    A step takes all groups. One that both or neither of the processes had would change loss, tokens and weights.
+    """
+    shutil.copytree(made, tmp_path / "made")
+    config = tmp_path / "made" / "base" / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | still))
+    # Plain SGD: Adam would blow rounding up where the gradient is 0.
+    shared = {"max_steps": 3, "logging_steps": 1, "save_steps": 2, "optim": "sgd", "learning_rate": 0.1, "bf16": False}
+    shared |= {"train_sampling_strategy": "group_by_length"}
+    one = run(tmp_path / "made", tmp_path / "one", per_device_train_batch_size=64, **shared)
+    two = tmp_path / "two"
+    yaml = tmp_path / "train.yaml"
+    yaml.write_text(json.dumps(settings(tmp_path / "made", two, per_device_train_batch_size=32, **shared)))
+    launcher = ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0"]
+    command += ["-m", "recipes.train", "--config", str(yaml)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    state, expected = (json.loads((folder / "trainer_state.json").read_text()) for folder in (two, one))
+    assert state["global_step"] == 3 and state["epoch"] == 3.0  # 64 groups a step
+    for row, other in zip(state["log_history"][:3], expected["log_history"][:3], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4) and row["num_tokens"] == other["num_tokens"]
+    checkpoint = Path(last_whole_checkpoint(str(two)))
+    assert checkpoint.name == "checkpoint-3" and len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert [path.name for path in two.glob("*.safetensors")] == ["model.safetensors"]
+    before, found, saved, wanted = (
+        QueritForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (one / "checkpoint-2", two, checkpoint, one)
+    )
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], saved[name]) and torch.allclose(found[name], tensor, atol=1e-5), name
+    assert max((wanted[name] - before[name]).abs().max() for name in wanted) > 1e-3

@@ -1,0 +1,103 @@
+"""Attention in bfloat16 on a CPU against the plain formula in float64, and in the pipeline against PyTorch's own."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import pipeline
+
+from modeling_querit.attention_querit import BLOCK, bfloat16_cpu_attention
+from modeling_querit.scoring_querit import TOLERANCE
+from tests.models_for_tests import KINDS, save_folder, tiny_model
+
+# A weight and a sum of values are rounded to 8 bits, and so are scores.
+ROUNDING = 0.03
+
+
+def formula(query, key, value, mask, scaling) -> torch.Tensor:
+    """softmax(q k' x scaling) v (Vaswani et al. 2017, equation 1), each head with its group's key and value."""
+    group = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double().repeat_interleave(group, 1), value.double()
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ value.repeat_interleave(group, 1)).transpose(1, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3), key_heads=st.integers(1, 3), group=st.integers(1, 3), queries=st.integers(1, 3 * BLOCK),
+    past=st.integers(0, 40), sizes=st.sampled_from([(8, 8), (16, 12), (32, 32)]), causal=st.booleans(),
+    padded=st.integers(0, 20), left=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_it_is_the_formula(batch, key_heads, group, queries, past, sizes, causal, padded, left, seed):
+    torch.manual_seed(seed)
+    keys = past + queries
+    query = torch.randn(batch, queries, key_heads * group, sizes[0]).bfloat16().transpose(1, 2)
+    key = torch.randn(batch, keys, key_heads, sizes[0]).bfloat16().transpose(1, 2)
+    value = torch.randn(batch, keys, key_heads, sizes[1]).bfloat16().transpose(1, 2)
+    mask = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    if causal:
+        mask = mask.tril(past)
+    padding = torch.zeros(keys, dtype=torch.bool)
+    padding[: min(padded, keys)] = True
+    mask[0] &= ~(padding if left else padding.flip(0))
+    module = SimpleNamespace(is_causal=causal)
+    output, weights = bfloat16_cpu_attention(module, query, key, value, mask, scaling=0.3)
+    assert weights is None and output.dtype == torch.bfloat16
+    assert output.isfinite().all()  # also of rows that are padding and see nothing
+    sees = mask.any(-1)[:, 0, :, None, None]
+    expected = formula(query, key, value, mask, 0.3)
+    assert torch.where(sees, output - expected, 0).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 70, 200])
+def test_without_a_mask_all_or_the_causal_ones_attend(causal, queries):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, queries, 16).bfloat16() for _ in range(3))
+    module = SimpleNamespace(is_causal=causal)
+    mask = torch.ones(2, 1, queries, queries, dtype=torch.bool)
+    output, _ = bfloat16_cpu_attention(module, query, key, value, None)
+    expected = formula(query, key, value, mask.tril() if causal else mask, 16**-0.5)
+    assert (output - expected).abs().max() < ROUNDING
+
+
+def test_in_float32_it_is_pytorchs_own():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 70, 16) for _ in range(3))
+    module = SimpleNamespace(is_causal=True)
+    output, _ = bfloat16_cpu_attention(module, query, key, value, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert torch.equal(output, expected.transpose(1, 2))
+
+
+def test_on_a_cpu_experts_are_taken_one_by_one_unless_asked_otherwise(tmp_path):
+    folder = save_folder(tmp_path / "moe", "deepseek_v3", tiny_model("deepseek_v3"))
+    for asked, expected in ((None, "eager"), ("batched_mm", "batched_mm")):
+        options = {"model_kwargs": {"experts_implementation": asked}} if asked else {}
+        ranker = pipeline("text-ranking", model=str(folder), trust_remote_code=True, **options)
+        assert ranker.model.config._experts_implementation == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pipeline_takes_it_for_bfloat16_and_scores_as_before(kind, tmp_path):
+    model = tiny_model(kind)
+    folder = save_folder(tmp_path / kind, kind, model)
+    documents = ["The Moon pulls on the water.", "Salt lowers its freezing point. " * 20, "tide", "a b c " * 60]
+
+    def scored(dtype, **options):
+        ranker = pipeline("text-ranking", model=str(folder), trust_remote_code=True, dtype=dtype, **options)
+        results = sorted(ranker("Why does the sea rise?", documents), key=lambda result: result["index"])
+        logits = torch.tensor([2 * math.atanh(result["score"]) for result in results])
+        return ranker.model.config._attn_implementation, logits
+
+    name, logits = scored(torch.bfloat16)
+    assert name == bfloat16_cpu_attention.__name__
+    kept, eager = scored(torch.bfloat16, model_kwargs={"attn_implementation": "eager"})
+    assert kept == "eager"
+    assert scored(torch.float32)[0] == "sdpa"
+    exact = scored(torch.float32)[1]
+    assert (logits - exact).abs().max() <= TOLERANCE[torch.bfloat16]
+    assert (logits - eager).abs().max() <= TOLERANCE[torch.bfloat16]
