@@ -20,13 +20,15 @@ test: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	@# Files share the cores; two processes that each use all of them would be many times slower.
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/test-installed
 	$(PIP) -e ".[bench]"
 	$(VENV)/bin/python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
 	$(VENV)/bin/python -m tests.bench.bench_growth --output tests/bench/results/growth.json
 	$(VENV)/bin/python -m tests.bench.bench_loading --output tests/bench/results/loading.json
+	$(VENV)/bin/python -m tests.bench.report
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# Queries of a block. On two cores of an EPYC, 12 heads of 32 and 500 tokens: 8 ms with 64, 11 with 128, 23 unblocked.
+# Queries of a block. On two cores of an EPYC, four rows of 500 tokens and 12 heads of 32 take 8 ms in blocks of 64, 11
+# in blocks of 128, and 23 in one.
 BLOCK = 64
 # Keys are padded to a multiple of this: the softmax of a row of 186 takes twice as long as that of a row of 192.
 KEYS_MULTIPLE = 32

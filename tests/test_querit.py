@@ -22,7 +22,8 @@ def model():
 
 
 def invoke(*args, input=None):
-    return CliRunner().invoke(querit.app, [str(a) for a in args], input=input)
+    # Wide enough that no path of a message is broken.
+    return CliRunner(env={"COLUMNS": "500"}).invoke(querit.app, [str(a) for a in args], input=input)
 
 
 def rows(result):

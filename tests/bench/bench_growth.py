@@ -83,7 +83,7 @@ def main() -> None:
     dtype = fastest_cpu_dtype()
     passages = {count: Work(12, 60, 250, count) for count in DOCUMENTS}
     results = {"machine": machine() | {"dtype": str(dtype).removeprefix("torch.")}}
-    results["documents"] = series(shapes.NANO, dtype, passages, {"CrossEncoder": 3_000})
+    results["documents"] = series(shapes.NANO, dtype, passages, {"CrossEncoder": 1_000})
     with tempfile.TemporaryDirectory() as scratch:
         folder = shapes.write_folder(Path(scratch) / "model", shapes.config_06b(layers=4))
         lengths = {tokens: Work(12, tokens - 40, tokens - 40, 8) for tokens in TOKENS}

@@ -18,7 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tests.bench.machine import machine, peak_mib
+from tests.bench.machine import machine, own_mib, peak_mib
 
 QUERY, DOCUMENT = "Why does the sea rise twice a day?", "The Moon pulls on the water."
 WAYS = ("pipeline", "CrossEncoder")
@@ -40,7 +40,7 @@ def first_score(way: str, folder: Path, started: float) -> dict:
     run([(QUERY, [DOCUMENT])])
     done = time.time()
     seconds = {"imports": imported - started, "load": loaded - imported, "score": done - loaded}
-    return {"seconds": seconds, "imports_mib": imports, "peak_mib": peak_mib()}
+    return {"seconds": seconds, "imports_mib": imports, "peak_mib": peak_mib(), "own_mib": own_mib()}
 
 
 def main() -> None:
@@ -82,6 +82,7 @@ def main() -> None:
                 }
                 peak, imports = (max(turn[key] for turn in turns) for key in ("peak_mib", "imports_mib"))
                 row = {"model": model, "way": way, "weights_mib": round(weights), "imports_mib": round(imports)}
+                row |= {"own_mib": round(max(turn["own_mib"] for turn in turns))}
                 row |= {"peak_mib": round(peak), "peak_over_weights": round((peak - imports) / weights, 2)}
                 rows.append(row | {"seconds": seconds | {"whole": round(sum(seconds.values()), 2)}})
                 print(rows[-1], flush=True)
