@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
+from .attention_querit import use_fast_cpu_kernels
 from .modeling_querit import QueritForSequenceClassification
 from .prompting_querit import EncodedPair, PromptEncoder, document_text
 from .scoring_querit import NonFiniteScoreError, fastest_cpu_dtype, score_pairs
+from .workers_querit import Workers, read_devices
 
 LONG_DOCUMENTS = ("truncate", "max_passage")
 # Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) with the constant of the paper.
@@ -44,6 +46,11 @@ class TextRankingPipeline(Pipeline):
     list of such lists for a list of queries.
 
     Raises TypeError or ValueError, naming the fix, for input that is none of this.
+
+    Several devices, in place of the constructor's `device`: `devices=["cuda:0", "cuda:1"]`. Each has a process, started
+    by the first call and ended by `close()`, by the end of a `with` block, or with the ranker itself. The scores are
+    the same; the model here stays on the CPU. As always with processes, a script calls the ranker under
+    `if __name__ == "__main__":`. RuntimeError, if one of them dies; the next call starts new ones.
     """
 
     tokenizer: Any
@@ -52,15 +59,35 @@ class TextRankingPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
 
-    def __init__(self, model: QueritForSequenceClassification, *args, **kwargs):
+    def __init__(self, model: QueritForSequenceClassification, *args, devices: Sequence | None = None, **kwargs):
+        several = None if devices is None else read_devices(devices)
+        if several:
+            if kwargs.get("device") is not None or getattr(model, "hf_device_map", None):
+                raise ValueError("devices takes the place of device and device_map: give only one of them.")
+            kwargs["device"] = "cpu"
         super().__init__(model, *args, **kwargs)
         if self.tokenizer is None:
             raise ValueError("The folder has no tokenizer; text-ranking needs one.")
         # Weights are stored in 16 bits, in which a CPU may be far slower than in 32. A dtype asked for is kept.
-        slow = self.device.type == "cpu" and self.model.dtype.itemsize == 2
+        on_cpu = "cpu" in {device.type for device in several or [self.device]}
+        slow = on_cpu and self.model.dtype.itemsize == 2
         if slow and kwargs.get("dtype", "auto") == "auto" and self.model.dtype != fastest_cpu_dtype():
             self.model.float()  # never down: that would round the buffers that stay in float32, like RoPE's
+        if on_cpu:
+            use_fast_cpu_kernels(self.model)
         self._encoders: dict[int, PromptEncoder] = {}
+        self.workers = Workers(self.model, several) if several else None
+
+    def close(self) -> None:
+        """End the processes of several devices. The next call starts new ones."""
+        if self.workers is not None:
+            self.workers.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     @property
     def max_length(self) -> int:
@@ -145,8 +172,11 @@ class TextRankingPipeline(Pipeline):
     ) -> torch.Tensor:
         places = [(q, d) for q, query in enumerate(encoded) for d, windows in enumerate(query) for _ in windows]
         pairs = [pair for query in encoded for windows in query for pair in windows]
+        options = (self.tokenizer.pad_token_id, batch_tokens, shared_prefix)
         try:
-            return score_pairs(self.model, pairs, self.tokenizer.pad_token_id, batch_tokens, shared_prefix)
+            if self.workers is not None:
+                return self.workers.score_pairs(pairs, *options)
+            return score_pairs(self.model, pairs, *options)
         except NonFiniteScoreError as error:
             q, d = places[error.index]
             raise ValueError(

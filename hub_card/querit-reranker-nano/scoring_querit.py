@@ -17,9 +17,10 @@ from .prompting_querit import EncodedPair
 
 logger = logging.get_logger(__name__)
 
-# Padded tokens of a forward pass. On a CPU a batch that stays in its cache is fastest: Nano in bfloat16 on two cores
-# reads 10.0 k tokens/s of mixed documents at 1,024, 9.7 k at 2,048, 8.0 k at 4,096 and 5.7 k at 16,384.
-BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 2048, 16384
+# Padded tokens of a forward pass. On a CPU a batch that stays in its cache is fastest: on two cores, in bfloat16 and on
+# passages, Nano does 446 Gflop/s at 1,024, 422 at 2,048 and 299 at 4,096; a slice of the 4B 722, 674 and 543. Experts
+# need more, or each has too few rows to multiply: a slice of the A0.4B does 263, 300 and 285.
+BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_EXPERTS, BATCH_TOKENS_GPU = 1024, 2048, 16384
 # Computing the prompt once is worth its bookkeeping from this share of the tokens on.
 LEAST_SHARED = 0.1
 # Largest difference of a logit between two ways (batch, order, padding side, shared prefix) to score the same pair.
@@ -34,6 +35,9 @@ class NonFiniteScoreError(ValueError):
     def __init__(self, index: int, value: float, dtype: torch.dtype):
         self.index, self.value, self.dtype = index, value, dtype
         super().__init__(f"Pair {index} scored {value} in {dtype}: load the model in float32, or check its weights.")
+
+    def __reduce__(self):
+        return type(self), (self.index, self.value, self.dtype)
 
 
 class SharedPrefixLayer(DynamicLayer):
@@ -57,22 +61,26 @@ def score_pairs(
     pad_token_id: int | None = None,
     batch_tokens: int | None = None,
     shared_prefix: bool | None = None,
+    progress: bool = True,
 ) -> torch.Tensor:
     """Log-odds of relevance, float32 of shape `(len(pairs),)` on the CPU; the score is tanh(logit / 2).
 
     Args:
         model: a `QueritForSequenceClassification`.
         pad_token_id: any id of the vocabulary does; 0 if None.
-        batch_tokens: most padded tokens of a forward pass; if None 2,048 on CPUs, 16,384 elsewhere. Halved when memory
-            runs out.
+        batch_tokens: most padded tokens of a forward pass; if None 1,024 on CPUs (2,048 with experts), 16,384
+            elsewhere. Halved when memory runs out.
         shared_prefix: compute the prompt of a query once for all its documents (causal backbones with full attention).
             None uses it where it saves a tenth of the tokens or more.
+        progress: show a bar on a terminal, after three seconds.
 
     The same pair gets the same logit to `TOLERANCE[model.dtype]`, whatever stands beside it. Raises
     `NonFiniteScoreError` naming the pair, MemoryError when a single pair does not fit.
     """
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS_CPU if model.device.type == "cpu" else BATCH_TOKENS_GPU
+        has_experts = getattr(model.config, "num_experts_per_tok", None)
+        on_cpu = BATCH_TOKENS_CPU_EXPERTS if has_experts else BATCH_TOKENS_CPU
+        batch_tokens = on_cpu if model.device.type == "cpu" else BATCH_TOKENS_GPU
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     able = can_share_prefix(model)
@@ -80,10 +88,7 @@ def score_pairs(
         raise ValueError(
             "shared_prefix needs a causal backbone with full attention, read out at its last token; leave it at None."
         )
-    # Equal pairs are computed once: at another place of a batch, rounding could part their scores.
-    numbers: dict[EncodedPair, int] = {}
-    places = [numbers.setdefault(pair._replace(truncated=False, span=None), len(numbers)) for pair in pairs]
-    unique = list(numbers)
+    unique, places = unique_pairs(pairs)
     together: list[list[int]] = []
     alone = list(range(len(unique)))
     if able and shared_prefix is not False:
@@ -92,17 +97,33 @@ def score_pairs(
     engine = _Engine(model, unique, pad_token_id or 0, batch_tokens)
     was_training = model.training
     model.eval()
+    hide = None if progress else True  # None: where there is no terminal
     try:
-        with torch.inference_mode(), tqdm(total=len(unique), desc="Scoring", unit="pair", delay=3, disable=None) as bar:
+        with torch.inference_mode(), tqdm(total=len(unique), desc="Scoring", unit="pair", delay=3, disable=hide) as bar:
             for batch, values in chain(engine.plain(alone), engine.shared(together)):
                 logits[batch] = values
                 bar.update(len(batch))
     finally:
         model.train(was_training)
+    return in_places(logits, places, model.dtype)
+
+
+def unique_pairs(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[int]]:
+    """The different pairs, and the place of each of `pairs` among them.
+
+    Equal pairs are computed once: at another place of a batch, rounding could part their scores.
+    """
+    numbers: dict[EncodedPair, int] = {}
+    places = [numbers.setdefault(pair._replace(truncated=False, span=None), len(numbers)) for pair in pairs]
+    return list(numbers), places
+
+
+def in_places(logits: torch.Tensor, places: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """`(unique pairs,)` -> `(pairs,)`. Raises `NonFiniteScoreError` for the first that is not finite."""
     logits = logits[torch.tensor(places, dtype=torch.long)]
     if not torch.isfinite(logits).all():
         index = int((~torch.isfinite(logits)).nonzero()[0])
-        raise NonFiniteScoreError(index, logits[index].item(), model.dtype)
+        raise NonFiniteScoreError(index, logits[index].item(), dtype)
     return logits
 
 
