@@ -1,6 +1,6 @@
 # make demo   rank a few documents in eight languages with the released Nano, then open the page
 # make test   lint, types and all tests
-# make bench  speed and memory beside other ways to run the same models: about an hour on two cores
+# make bench  speed and memory beside other ways to run the same models: about two hours on two cores
 VENV ?= .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -28,6 +28,8 @@ bench: $(VENV)/test-installed
 	$(VENV)/bin/python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
 	$(VENV)/bin/python -m tests.bench.bench_growth --output tests/bench/results/growth.json
 	$(VENV)/bin/python -m tests.bench.bench_loading --output tests/bench/results/loading.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.bench.bench_corpus --output tests/bench/results/corpus.json
+	$(VENV)/bin/python -m tests.bench.bench_space --users 50 --seconds 120 --output tests/bench/results/space.json
 	$(VENV)/bin/python -m tests.bench.report
 
 $(VENV)/bin/python:

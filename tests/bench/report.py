@@ -120,7 +120,7 @@ SECTIONS = [
 
 def report() -> str:
     """A section for each benchmark that has results."""
-    parts = ["# Benchmarks\n\n`make bench` measures again, and writes this page from the JSON beside it."]
+    parts = ["# Benchmarks\n\n`make bench` measures all of this again and writes this page from the JSON beside it."]
     for title, name, make in SECTIONS:
         if (RESULTS / f"{name}.json").exists():
             parts.append(f"## {title} (`bench_{name}`)\n\n{make()}")

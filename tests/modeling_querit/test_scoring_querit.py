@@ -20,6 +20,7 @@ from modeling_querit.scoring_querit import (
     score_pairs,
     split_by_prefix,
 )
+from tests.modeling_querit.bar_for_tests import RecordingBar
 from tests.models_for_tests import CAUSAL_KINDS, KINDS, MAX_LENGTH, tiny_model, tokenizer_of
 from tests.tokenizers_for_tests import CORPUS
 
@@ -331,22 +332,9 @@ def test_a_score_that_is_not_finite_names_its_pair(value, shared_prefix):
 
 
 def test_the_progress_bar_moves_while_the_work_goes_on(monkeypatch):
-    events, options = [], {}
-
-    class Bar:
-        def __init__(self, **kwargs):
-            options.update(kwargs)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            events.append("closed")
-
-        def update(self, count):
-            events.append(count)
-
-    monkeypatch.setattr(scoring_querit, "tqdm", Bar)
+    bar = RecordingBar()
+    events, options = bar.events, bar.options
+    monkeypatch.setattr(scoring_querit, "tqdm", bar)
     model = model_of("qwen3")
     hook = model.model.register_forward_hook(lambda *_: events.append("pass"))
     score_pairs(model, [pair(0, 9), pair(0, 8), pair(0, 7)], batch_tokens=20)

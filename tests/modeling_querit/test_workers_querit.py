@@ -28,6 +28,7 @@ from modeling_querit.pipeline_querit import TextRankingPipeline
 from modeling_querit.prompting_querit import EncodedPair
 from modeling_querit.scoring_querit import TOLERANCE, NonFiniteScoreError, score_pairs, split_by_prefix
 from modeling_querit.workers_querit import Workers, divide
+from tests.modeling_querit.bar_for_tests import RecordingBar
 from tests.modeling_querit.probe_model import DIE, GO, NAN, OUT_OF_MEMORY, THREADS, WAIT, WEIGHTS, ProbeModel
 from tests.models_for_tests import CAUSAL_KINDS, KINDS, folder_of, tiny_config, tiny_model, tokenizer_of
 from tests.tokenizers_for_tests import CORPUS
@@ -261,22 +262,9 @@ def test_what_does_not_fit_is_told_and_the_workers_go_on(probe, monkeypatch):
 
 
 def test_the_progress_bar_counts_every_pair(probe, monkeypatch):
-    events, options = [], {}
-
-    class Bar:
-        def __init__(self, **kwargs):
-            options.update(kwargs)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            events.append("closed")
-
-        def update(self, count):
-            events.append(count)
-
-    monkeypatch.setattr(workers_querit, "tqdm", Bar)
+    bar = RecordingBar()
+    events, options = bar.events, bar.options
+    monkeypatch.setattr(workers_querit, "tqdm", bar)
     monkeypatch.setattr(workers_querit, "PIECE_TOKENS_CPU", 20)
     probe.score_pairs([pair(9, seed=seed) for seed in range(6)])
     assert options["total"] == 6
