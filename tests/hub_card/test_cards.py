@@ -23,6 +23,7 @@ from hub_card.lineage import data_sets, stages_of
 from tests.hub_card.folders_for_tests import CARDS, DEV, NANO, ROOT, SYSTEM, built
 
 QUERY = "Why does the sea rise twice a day?"
+MOON, SALT = "Tides rise twice a day because the Moon pulls on the water.", "Salt lowers its freezing point."
 KINDS = list(CARDS)
 PUBLISHED = ["qwen3", "deepseek_v3"]
 NUMBER = re.compile(r"(?<![\w.-])[+-]?\d[\d,]*(?:\.\d+)?(?![\w-]|\.\d)")
@@ -57,8 +58,10 @@ def tables(text: str) -> list[list[list[str]]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_of_python_runs(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    best_first = [row["document"] for row in installed_ranker(built(kind))(QUERY, ["The Moon pulls on the water.",
-        "Salt lowers its freezing point.", "El mar sube por la Luna."])]  # fmt: skip
+    documents = [MOON, "La marea sube dos veces al día por la Luna.", SALT]
+    best_first = [row["document"] for row in installed_ranker(built(kind))(QUERY, documents)]
+    if kind == "nano":  # what a stranger runs first shows a sensible order
+        assert best_first == documents
     names: dict = {}
     found = blocks(card(kind), "python")
     assert len(found) == (3 if kind == "nano" else 2)
@@ -80,7 +83,7 @@ def test_every_block_of_shell_runs(kind, tmp_path):
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True
     )
-    expected = installed_ranker(built(kind))(QUERY, ["The Moon pulls on the water.", "Salt lowers its freezing point."])
+    expected = installed_ranker(built(kind))(QUERY, [MOON, SALT])
     assert [json.loads(line)["document"] for line in done.stdout.splitlines()] == [row["document"] for row in expected]
 
 
