@@ -42,15 +42,17 @@ def bfloat16_cpu_attention(
     group, past = heads // key_heads, keys - queries
     is_causal = kwargs.get("is_causal")
     causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is None:
-        attention_mask = torch.ones(1, 1, queries, keys, dtype=torch.bool)
-        attention_mask = attention_mask.tril(past) if causal else attention_mask
     padding = -keys % KEYS_MULTIPLE
-    # The smallest number and not -inf: a row of padding, which sees no key, must not become nan.
-    lowest = torch.finfo(query.dtype).min
-    bias = query.new_full((*attention_mask.shape[:3], keys + padding), lowest)
-    bias[..., :keys].masked_fill_(attention_mask, 0)
-    bias = bias.unsqueeze(2)  # one for all heads of a group
+    bias = None
+    if attention_mask is not None or causal or padding:
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+            attention_mask = attention_mask.tril(past) if causal else attention_mask
+        # The smallest number and not -inf: a row of padding, which sees no key, must not become nan.
+        lowest = torch.finfo(query.dtype).min
+        bias = query.new_full((*attention_mask.shape[:3], keys + padding), lowest)
+        bias[..., :keys].masked_fill_(attention_mask, 0)
+        bias = bias.unsqueeze(2)  # one for all heads of a group
     key, value = (nn.functional.pad(x, (0, 0, 0, padding)).flatten(0, 1) for x in (key, value))
     key = key.transpose(1, 2)
     query = query * (size**-0.5 if scaling is None else scaling)
@@ -62,7 +64,8 @@ def bfloat16_cpu_attention(
             seen = min(seen, past + rows.stop + -(past + rows.stop) % KEYS_MULTIPLE)
         block = query[:, :, rows].reshape(batch * key_heads, -1, size)
         scores = torch.bmm(block, key[:, :, :seen]).view(batch, key_heads, group, -1, seen)
-        weights = (scores + bias[..., rows, :seen]).softmax(-1).view(batch * key_heads, -1, seen)
+        scores = scores if bias is None else scores + bias[..., rows, :seen]
+        weights = scores.softmax(-1).view(batch * key_heads, -1, seen)
         found = torch.bmm(weights, value[:, :seen]).view(batch, heads, -1, value.shape[-1])
         output[:, rows] = found.transpose(1, 2)
     return output, None

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -17,10 +18,12 @@ from .prompting_querit import EncodedPair
 
 logger = logging.get_logger(__name__)
 
-# Padded tokens of a forward pass. On a CPU a batch that stays in its cache is fastest: on two cores, in bfloat16 and on
-# passages, Nano does 446 Gflop/s at 1,024, 422 at 2,048 and 299 at 4,096; a slice of the 4B 722, 674 and 543. Experts
-# need more, or each has too few rows to multiply: a slice of the A0.4B does 263, 300 and 285.
-BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_EXPERTS, BATCH_TOKENS_GPU = 1024, 2048, 16384
+# Padded tokens of a forward pass. On a CPU the batch whose activations stay in its cache is fastest, so where a token
+# makes more of them (the width inside a feed-forward layer, or inside one expert), fewer tokens go together. On two
+# cores, in bfloat16 and on mixed lengths, slices score as many pairs per second at 512 and at 1,024 tokens: of the 4B
+# (9,728 wide) 8.6 and 6.9, of the 0.6B (3,072) 19.7 and 15.1, of the A0.4B (512) 12.1 and 13.1; Nano (1,536) 86 and 85.
+BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_WIDE, BATCH_TOKENS_GPU = 1024, 512, 16384
+WIDE = 2048
 # Computing the prompt once is worth its bookkeeping from this share of the tokens on.
 LEAST_SHARED = 0.1
 # Largest difference of a logit between two ways (batch, order, padding side, shared prefix) to score the same pair.
@@ -68,7 +71,7 @@ def score_pairs(
     Args:
         model: a `QueritForSequenceClassification`.
         pad_token_id: any id of the vocabulary does; 0 if None.
-        batch_tokens: most padded tokens of a forward pass; if None 1,024 on CPUs (2,048 with experts), 16,384
+        batch_tokens: most padded tokens of a forward pass; if None 1,024 on CPUs (512 for wide models), 16,384
             elsewhere. Halved when memory runs out.
         shared_prefix: compute the prompt of a query once for all its documents (causal backbones with full attention).
             None uses it where it saves a tenth of the tokens or more.
@@ -78,9 +81,7 @@ def score_pairs(
     `NonFiniteScoreError` naming the pair, MemoryError when a single pair does not fit.
     """
     if batch_tokens is None:
-        has_experts = getattr(model.config, "num_experts_per_tok", None)
-        on_cpu = BATCH_TOKENS_CPU_EXPERTS if has_experts else BATCH_TOKENS_CPU
-        batch_tokens = on_cpu if model.device.type == "cpu" else BATCH_TOKENS_GPU
+        batch_tokens = default_batch_tokens(model)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     able = can_share_prefix(model)
@@ -106,6 +107,26 @@ def score_pairs(
     finally:
         model.train(was_training)
     return in_places(logits, places, model.dtype)
+
+
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    if model.device.type != "cpu":
+        return BATCH_TOKENS_GPU
+    config = model.config
+    width = getattr(config, "moe_intermediate_size", None) or getattr(
+        config, "intermediate_size", 4 * config.hidden_size
+    )
+    return BATCH_TOKENS_CPU_WIDE if width > WIDE else BATCH_TOKENS_CPU
+
+
+def padded_length(tokens: int) -> int:
+    """The next of 16 lengths per octave, 3% longer on average.
+
+    Each shape that was ever computed stays in memory, on a CPU as code compiled for it, on a GPU as blocks of the
+    allocator: with a length for every number of tokens, memory would grow with the number of documents.
+    """
+    step = 1 << max(0, tokens.bit_length() - 5)
+    return -(-tokens // step) * step
 
 
 def unique_pairs(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[int]]:
@@ -162,7 +183,7 @@ class _Engine:
         """Whole pairs, longest first: neighbours are of a length, and memory fails at the start if it does."""
         rows = sorted(rows, key=lambda row: -self.pairs[row].num_tokens)
         while rows:
-            size = max(1, self.budget // self.pairs[rows[0]].num_tokens)
+            size = max(1, self.budget // padded_length(self.pairs[rows[0]].num_tokens))
             batch = rows[:size]
             values = self.attempt(self.forward, batch)
             if values is not None:
@@ -173,7 +194,7 @@ class _Engine:
         """Prompts of several queries at a time, then their documents, which attend to the prompts' keys and values."""
         groups = sorted(groups, key=lambda rows: -len(self.pairs[rows[0]].prefix))
         while groups:
-            size = max(1, self.budget // len(self.pairs[groups[0][0]].prefix))
+            size = max(1, self.budget // padded_length(len(self.pairs[groups[0][0]].prefix)))
             chunk = groups[:size]
             cache = self.attempt(self.forward_prefixes, [rows[0] for rows in chunk])
             if cache is None:
@@ -186,8 +207,8 @@ class _Engine:
                 document = prefix = 0
                 for row in rows:
                     pair = self.pairs[row]
-                    document = max(document, len(pair.document) + len(pair.suffix))
-                    prefix = max(prefix, len(pair.prefix))
+                    document = max(document, padded_length(len(pair.document) + len(pair.suffix)))
+                    prefix = max(prefix, padded_length(len(pair.prefix)))
                     if batch and (prefix + document) * (len(batch) + 1) > self.budget:
                         break
                     batch.append(row)
@@ -209,7 +230,7 @@ class _Engine:
                     f"A single pair of {longest} tokens does not fit into memory. Lower max_length, or use "
                     'long_documents="max_passage".'
                 ) from error
-        self.budget = max(1, min(self.budget, longest * len(batch)) // 2)
+        self.budget = max(1, min(self.budget, padded_length(longest) * len(batch)) // 2)
         logger.warning(f"Out of memory; going on with batch_tokens={self.budget}.")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -219,6 +240,9 @@ class _Engine:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         input_ids = pad_sequence(tensors, True, self.pad_token_id, side)
         mask = pad_sequence([torch.ones_like(row) for row in tensors], True, 0, side)
+        more = padded_length(input_ids.shape[1]) - input_ids.shape[1]
+        ends = (0, more) if side == "right" else (more, 0)
+        input_ids, mask = pad(input_ids, ends, value=self.pad_token_id), pad(mask, ends)
         return input_ids.to(self.device), mask.to(self.device)
 
     def forward(self, batch: list[int]) -> torch.Tensor:

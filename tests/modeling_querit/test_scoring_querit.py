@@ -3,6 +3,7 @@
 import copy
 import itertools
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from modeling_querit.scoring_querit import (
     TOLERANCE,
     NonFiniteScoreError,
     can_share_prefix,
+    default_batch_tokens,
     fastest_cpu_dtype,
+    padded_length,
     score_pairs,
     split_by_prefix,
 )
@@ -171,6 +174,40 @@ def test_the_longest_come_first_and_batches_are_filled():
     with Spy(model_of("qwen3")) as spy:
         score_pairs(model_of("qwen3"), pairs, batch_tokens=60)
     assert [(rows, width) for rows, width, _ in spy.passes] == [(1, 60), (2, 30), (3, 20), (2, 6)]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40_000))
+def test_lengths_are_few_and_little_longer(tokens):
+    assert tokens <= padded_length(tokens) <= tokens * 17 / 16
+    assert padded_length(padded_length(tokens)) == padded_length(tokens)
+    octave = range(2 ** (tokens.bit_length() - 1), 2 ** tokens.bit_length())
+    assert len(set(map(padded_length, octave[:: max(1, len(octave) // 1024)]))) <= 17
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_many_lengths_are_computed_in_few_shapes(shared_prefix):
+    """What was compiled for a shape stays in memory."""
+    pairs = [pair(20, size) for size in range(60, 250)]
+    with Spy(model_of("qwen3")) as spy:
+        score_pairs(model_of("qwen3"), pairs, batch_tokens=600, shared_prefix=shared_prefix)
+    assert len({width for _, width, _ in spy.passes}) < 45
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"hidden_size": 384, "intermediate_size": 1536}, 1024),
+        ({"hidden_size": 2560, "intermediate_size": 9728}, 512),
+        ({"hidden_size": 1024, "intermediate_size": 5376, "moe_intermediate_size": 512}, 1024),
+        ({"hidden_size": 1024}, 512),
+    ],
+)
+def test_a_batch_on_a_cpu_is_small_where_a_token_makes_much(sizes, expected):
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(**sizes))
+    assert default_batch_tokens(model) == expected
+    model.device = torch.device("cuda")
+    assert default_batch_tokens(model) == 16384
 
 
 def test_queries_share_batches_with_and_without_a_shared_prefix():
