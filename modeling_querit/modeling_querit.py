@@ -75,8 +75,8 @@ class QueritForSequenceClassification(PreTrainedModel):
             raise ValueError(f"classifier_pooling is {self.pooling!r}; it must be one of {', '.join(POOLINGS)}.")
         config.classifier_pooling = self.pooling
         parameters = inspect.signature(backbone.forward).parameters
-        # RoBERTa's kin number their positions themselves, from the padding id on.
-        numbers_itself = hasattr(getattr(backbone, "embeddings", None), "create_position_ids_from_input_ids")
+        # RoBERTa's kin (XLM-R, MPNet, ...) number their positions themselves, from the padding id on.
+        numbers_itself = hasattr(getattr(backbone, "embeddings", None), "create_position_ids_from_inputs_embeds")
         self._takes_position_ids = "position_ids" in parameters and not numbers_itself
         self.post_init()
 

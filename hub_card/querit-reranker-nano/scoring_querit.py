@@ -185,7 +185,7 @@ class _Engine:
         while rows:
             size = max(1, self.budget // padded_length(self.pairs[rows[0]].num_tokens))
             batch = rows[:size]
-            values = self.attempt(self.forward, batch)
+            values = self.attempt(len(batch) * padded_length(self.pairs[batch[0]].num_tokens), self.forward, batch)
             if values is not None:
                 rows = rows[len(batch) :]
                 yield batch, values
@@ -194,9 +194,9 @@ class _Engine:
         """Prompts of several queries at a time, then their documents, which attend to the prompts' keys and values."""
         groups = sorted(groups, key=lambda rows: -len(self.pairs[rows[0]].prefix))
         while groups:
-            size = max(1, self.budget // padded_length(len(self.pairs[groups[0][0]].prefix)))
-            chunk = groups[:size]
-            cache = self.attempt(self.forward_prefixes, [rows[0] for rows in chunk])
+            width = padded_length(len(self.pairs[groups[0][0]].prefix))
+            chunk = groups[: max(1, self.budget // width)]
+            cache = self.attempt(len(chunk) * width, self.forward_prefixes, [rows[0] for rows in chunk])
             if cache is None:
                 continue
             groups = groups[len(chunk) :]
@@ -204,7 +204,7 @@ class _Engine:
             rows = sorted(group_of, key=lambda row: -self.pairs[row].num_tokens)
             while rows:
                 batch: list[int] = []
-                document = prefix = 0
+                document = prefix = tokens = 0
                 for row in rows:
                     pair = self.pairs[row]
                     document = max(document, padded_length(len(pair.document) + len(pair.suffix)))
@@ -212,25 +212,29 @@ class _Engine:
                     if batch and (prefix + document) * (len(batch) + 1) > self.budget:
                         break
                     batch.append(row)
-                values = self.attempt(self.forward_documents, batch, cache, [group_of[row] for row in batch])
+                    tokens = (prefix + document) * len(batch)
+                values = self.attempt(tokens, self.forward_documents, batch, cache, [group_of[row] for row in batch])
                 if values is not None:
                     rows = rows[len(batch) :]
                     yield batch, values
 
-    def attempt(self, forward, batch: list[int], *args):
-        """The result of a forward pass, or None with a halved budget if memory ran out: the caller tries again."""
+    def attempt(self, tokens: int, forward, batch: list[int], *args):
+        """The result of a forward pass of so many padded tokens, or None if memory ran out.
+
+        The budget is half of them then, and the caller tries again.
+        """
         try:
             return forward(batch, *args)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            longest = max(self.pairs[row].num_tokens for row in batch)
             if len(batch) == 1:
+                longest = self.pairs[batch[0]].num_tokens
                 raise MemoryError(
                     f"A single pair of {longest} tokens does not fit into memory. Lower max_length, or use "
                     'long_documents="max_passage".'
                 ) from error
-        self.budget = max(1, min(self.budget, padded_length(longest) * len(batch)) // 2)
+        self.budget = max(1, tokens // 2)
         logger.warning(f"Out of memory; going on with batch_tokens={self.budget}.")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

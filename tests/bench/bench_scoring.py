@@ -8,7 +8,8 @@
 - Models (`shapes.py`): the released Nano, and slices of the causal members: the true width, heads and experts with
   random weights, and a few of the layers, each of which costs what it costs in the whole.
 - Each way runs in a process of its own, and the ways take turns: what the machine does at one time, it does to all.
-  The median of the repeats counts, after one warm-up. `peak_mib` is the largest resident set of the work.
+  The median of the repeats counts, after one warm-up; of ratios, the median of the rounds' own, with the least and the
+  most. `peak_mib` is the largest resident set from the start of the turn.
 - `share_of_limit`: the operations that the useful tokens need (no padding, no repeated prompt) by the time, beside the
   rate of one large matrix product in the same dtype, measured before and after: 2 x the weights that a token is
   multiplied by, and 4 x heads x head size for each layer and each token that it attends to.
@@ -44,12 +45,13 @@ class Work(NamedTuple):
 
 
 def works(nano: bool) -> dict[str, Work]:
+    """Nano reads pairs of up to 256 tokens, so that its longest work is shorter: nothing is cut."""
     count = 128 if nano else 32
     found = {
         "short documents": Work(12, 20, 60, count),
-        "passages": Work(12, 60, 250, count // 2),
-        "mixed lengths": Work(12, 10, 450, count // 2, geometric=True),
-        "long queries": Work(250, 100, 240 if nano else 300, count // 4),
+        "passages": Work(12, 60, 230 if nano else 250, count // 2),
+        "mixed lengths": Work(12, 10, 230 if nano else 450, count // 2, geometric=True),
+        "long queries": Work(120, 40, 120, count // 2) if nano else Work(250, 100, 300, count // 4),
         "32 queries": Work(12, 20, 60, count // (32 if nano else 16), queries=32),
     }
     return found if nano else found | {"long documents": Work(12, 500, 2000, 4)}
@@ -100,14 +102,14 @@ def _load(load: Callable) -> None:
 
 def _measure(requests) -> Measured:
     # While other ways had their turns, this idle process lost its caches, and pages of its weights where the system
-    # takes idle ones: two pairs bring them back, and are not what is measured.
-    _run([(requests[0][0], requests[0][1][:2])])
+    # takes idle ones: one pair brings them back, and is not what is measured.
+    _run([(requests[0][0], requests[0][1][:1])])
     reset_peak()
     seconds = timeit.timeit(lambda: _run(requests), number=1)
     return Measured(seconds, peak_mib())
 
 
-def ways_of(folder: Path, dtype, exported: Path | None, pairs: int) -> dict[str, Callable]:
+def ways_of(folder: Path, dtype, exported: Path | None) -> dict[str, Callable]:
     """`exported` is the ONNX folder of Nano; the others are causal."""
     import torch
 
@@ -117,8 +119,7 @@ def ways_of(folder: Path, dtype, exported: Path | None, pairs: int) -> dict[str,
     if not exported:
         found["pipeline, no sharing"] = partial(ways.querit, folder, dtype, shared_prefix=False)
     for size in ways.BATCHES:
-        if size <= max(pairs, 32):
-            found[f"CrossEncoder, {size} a batch"] = partial(ways.cross_encoder, folder, dtype, size)
+        found[f"CrossEncoder, {size} a batch"] = partial(ways.cross_encoder, folder, dtype, size)
     found["plain loop"] = partial(ways.plain_loop, folder, dtype)
     if not exported:
         found["published wrapper"] = partial(ways.published_wrapper, folder, dtype)
@@ -154,14 +155,17 @@ def useful_operations(folder: Path, requests) -> tuple[int, float]:
     return tokens, 2 * linear_parameters(config) * tokens + 4 * width * config.num_hidden_layers * attended
 
 
+def dtype_of(way: str, dtype_name: str) -> str:
+    return next((dtype for dtype in ("float32", "int8") if way.endswith(dtype)), dtype_name)
+
+
 def bench(
     model: str, folder: Path, exported: Path | None, dtype_name: str, repeats: int, chosen: list[str] | None
 ) -> list[dict]:
     import torch
 
     todo = {name: work for name, work in works(exported is not None).items() if not chosen or name in chosen}
-    most = max(work.documents * work.queries for work in todo.values())
-    loaders = ways_of(folder, getattr(torch, dtype_name), exported, most)
+    loaders = ways_of(folder, getattr(torch, dtype_name), exported)
     ways = {name: Way(load) for name, load in loaders.items()}
     rows = []
     for name, work in todo.items():
@@ -179,21 +183,17 @@ def bench(
                 if way != "published wrapper" or repeat < 2:
                     measured[way].append(ways[way].measure(given))
         limit = (limit + matmul_rate(dtype_name)) / 2
-        rates = {
-            way: sum(len(found) for _, found in asked[way]) / statistics.median(x.seconds for x in turns[1:])
-            for way, turns in measured.items()
-        }
-        for way, rate in rates.items():
-            row = {
-                "model": model,
-                "work": name,
-                "way": way,
-                "dtype": dtype_name,
-                "pairs": pairs,
-                "useful_tokens": tokens,
-            }
-            row |= {"pairs_per_second": rate, "tokens_per_second": rate * tokens / pairs}
-            row |= {"pipeline_is_x_times": rates["pipeline"] / rate, "peak_mib": max(x.peak_mib for x in measured[way])}
+        medians = {way: statistics.median(x.seconds for x in turns[1:]) for way, turns in measured.items()}
+        ours = [turn.seconds for turn in measured["pipeline"][1:]]
+        for way, turns in measured.items():
+            count = sum(len(found) for _, found in asked[way])
+            rate = count / medians[way]
+            # Of each round by itself: what the machine did meanwhile, it did to both.
+            times = [turn.seconds / own * pairs / count for turn, own in zip(turns[1:], ours, strict=False)]
+            row = {"model": model, "work": name, "way": way, "dtype": dtype_of(way, dtype_name), "pairs": pairs}
+            row |= {"useful_tokens": tokens, "pairs_per_second": rate, "tokens_per_second": rate * tokens / pairs}
+            row |= {"pipeline_is_x_times": statistics.median(times), "least": min(times), "most": max(times)}
+            row |= {"peak_mib": max(x.peak_mib for x in turns), "limit_dtype": dtype_name}
             row |= {"limit_gflops": limit / 1e9, "share_of_limit": rate / pairs * operations / limit}
             rows.append({key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()})
             print(
@@ -223,11 +223,9 @@ def main() -> None:
     dtype = args.dtype or str(fastest_cpu_dtype()).removeprefix("torch.")
     configs = {"0.6B": shapes.config_06b, "4B": shapes.config_4b, "A0.4B": shapes.config_a04b}
     configs["dense 0.4B"] = shapes.config_dense04b
-    kept: list[dict] = []
-    if args.output and args.output.exists():  # of the other models
-        kept = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
-        kept = [row for row in kept if row["model"] not in args.models]
-    rows = []
+    rows: list[dict] = []
+    if args.output and args.output.exists():
+        rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
     for model in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             made, exported = Path(scratch) / "made", None
@@ -235,10 +233,14 @@ def main() -> None:
                 folder, exported = shapes.NANO, export(shapes.NANO, made, to="onnx")
             else:
                 folder = shapes.write_folder(made, configs[model](SLICES[model]))
-            rows += bench(model, folder, exported, dtype, args.repeats, args.work)
+            measured = bench(model, folder, exported, dtype, args.repeats, args.work)
+            rows = sorted(
+                [row for row in rows if row["model"] != model] + measured,
+                key=lambda row: ["nano", *SLICES].index(row["model"]),
+            )
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            results = {"machine": machine(), "layers": SLICES, "rows": kept + rows}
+            results = {"machine": machine(), "layers": SLICES, "rows": rows}
             args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -6,9 +6,10 @@ python -m tests.bench.report
 import json
 from pathlib import Path
 
-from hub_card.card import markdown
+from hub_card.card import markdown, precision_table
 
 RESULTS = Path(__file__).parent / "results"
+NOTHING_SHARED = "long documents"
 TITLES = {
     "nano": "Nano, the released weights",
     "0.6B": "Qwen3-0.6B's shape",
@@ -44,7 +45,8 @@ def scoring() -> str:
     dtype = measured["rows"][0]["dtype"]
     limits = [row["limit_gflops"] for row in measured["rows"]]
     head = (
-        f"Pairs per second; in brackets, how many times as fast the pipeline is. {described(measured['machine'])}, "
+        f"Pairs per second; in brackets, how many times as fast the pipeline is; the largest resident set in MiB. "
+        f"{described(measured['machine'])}, "
         f"{dtype} where no other is named; the limit, one large matrix product, was {min(limits):.0f} to "
         f"{max(limits):.0f} Gflop/s. The weights of slices are random."
     )
@@ -53,7 +55,20 @@ def scoring() -> str:
 
 def cell(row: dict) -> str:
     rate = f"{row['pairs_per_second']:.3g}"
-    return rate if row["way"] == "pipeline" else f"{rate} ({row['pipeline_is_x_times']:.3g} x)"
+    ratio = "" if row["way"] == "pipeline" else f" ({row['pipeline_is_x_times']:.2f} x)"
+    return f"{rate}{ratio}, {row['peak_mib']:,.0f}"
+
+
+def noise() -> str:
+    """Where next to nothing is shared, the pipeline with and without sharing runs the same code."""
+    same = [
+        row for row in read("scoring")["rows"] if (row["way"], row["work"]) == ("pipeline, no sharing", NOTHING_SHARED)
+    ]
+    told = ", ".join(f"{row['pipeline_is_x_times']:.2f} x ({row['least']:.2f} to {row['most']:.2f})" for row in same)
+    return (
+        f"How far chance goes: on {NOTHING_SHARED} the pipeline shares next to nothing: it is the same code with "
+        f"and without sharing. Beside itself it was {told}, in brackets the rounds' own."
+    )
 
 
 def over_best(rows: list[dict], work: str) -> float:
@@ -63,15 +78,18 @@ def over_best(rows: list[dict], work: str) -> float:
 
 
 def mixture() -> str:
-    """Time per useful token of the mixture by that of the dense model."""
-    rates = {
-        (row["model"], row["work"]): row["tokens_per_second"]
+    """Time of the mixture by that of the dense model, for the same number of operations that useful tokens need.
+
+    Per operation, since of a slice of either not the same share is the wider first layer or attention.
+    """
+    shares = {
+        (row["model"], row["work"]): row["share_of_limit"] * row["limit_gflops"]
         for row in read("scoring")["rows"]
         if row["way"] == "pipeline"
     }
-    works = [work for model, work in rates if model == "dense 0.4B"]
-    told = ", ".join(f"{rates['dense 0.4B', work] / rates['A0.4B', work]:.2f} x on {work}" for work in works)
-    return f"The mixture takes, beside the dense model of its active size, per useful token: {told}."
+    works = [work for model, work in shares if model == "dense 0.4B"]
+    told = ", ".join(f"{shares['dense 0.4B', work] / shares['A0.4B', work]:.2f} x on {work}" for work in works)
+    return f"The mixture takes, beside the dense model of its active size, per useful operation: {told}."
 
 
 def growth() -> str:
@@ -110,17 +128,41 @@ def corpus() -> str:
     return f"{described(measured['machine'])}.\n\n{markdown(table)}"
 
 
+def precision() -> str:
+    return f"nDCG@10 of the released Nano on {len(read('precision')['sets'])} judged sets.\n\n{precision_table()}"
+
+
+def space() -> str:
+    measured = read("space")
+    load = measured["load"]
+    table = [
+        ["what", "value"],
+        ["start to first page, s", str(measured["start_to_first_page_s"])],
+        ["first ranking of 20 documents, s", str(measured["first_ranking_of_20_s"])],
+        ["later ones, median, s", str(measured["ranking_of_20_median_s"])],
+        [f"{load['users']} users for {load['seconds']:.0f} s: requests", str(load["requests"])],
+        ["... of them wrong, lost", f"{load['wrong']}, {load['lost']}"],
+        ["... median and 95th percentile, s", f"{load['median_s']}, {load['p95_s']}"],
+    ]
+    return markdown(table)
+
+
 SECTIONS = [
-    ("Scoring", "scoring", lambda: f"{scoring()}\n\n{mixture()}"),
+    ("Scoring", "scoring", lambda: "\n\n".join([scoring(), mixture(), noise()])),
     ("As the work grows", "growth", growth),
     ("From the start to the first score", "loading", loading),
     ("Mining and scoring as the corpus grows", "corpus", corpus),
+    ("What a lower precision costs", "precision", precision),
+    ("The Space under load", "space", space),
 ]
 
 
 def report() -> str:
     """A section for each benchmark that has results."""
-    parts = ["# Benchmarks\n\n`make bench` measures all of this again and writes this page from the JSON beside it."]
+    parts = [
+        "# Benchmarks\n\n`make bench` measures this again and writes this page from the "
+        "JSON beside it; `bench_precision`, which wants judged sets, is run by hand."
+    ]
     for title, name, make in SECTIONS:
         if (RESULTS / f"{name}.json").exists():
             parts.append(f"## {title} (`bench_{name}`)\n\n{make()}")

@@ -11,7 +11,7 @@ import torch
 
 Requests = list[tuple[str, list[str]]]
 Run = Callable[[Requests], object]
-BATCHES = (8, 32, 128)  # of sentence-transformers: its best settings are the fastest of these, its default is 32
+BATCHES = (1, 4, 8, 32)  # of sentence-transformers: its best settings are the fastest of these, its default is 32
 
 
 def querit(folder: Path, dtype: torch.dtype, **options) -> Run:

@@ -18,7 +18,9 @@ from transformers import (
     BertModel,
     DeepseekV3Model,
     DynamicCache,
+    MPNetConfig,
     Qwen3Model,
+    RobertaConfig,
 )
 
 from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification, padding_mask
@@ -217,6 +219,24 @@ def test_position_ids_and_embeddings_pass_through(kind):
     torch.testing.assert_close(moved, model.head(read).diff(dim=-1), rtol=0, atol=1e-5)
     torch.testing.assert_close(embedded, plain, rtol=0, atol=1e-5)
     assert len(extra.hidden_states) == 3
+
+
+@pytest.mark.parametrize("config_class", [MPNetConfig, RobertaConfig])
+def test_backbones_that_number_their_positions_themselves_do_so_under_a_mask(config_class):
+    config = config_class(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=40, pad_token_id=1, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = QueritForSequenceClassification(config).eval()
+    ids = torch.tensor([[0, 9, 17, 33, 2]])
+    padded = torch.cat([ids, torch.ones(1, 3, dtype=torch.long)], 1)
+    with torch.no_grad():
+        hidden = AutoModel.from_config(config)  # any backbone of the class: its own numbering
+        hidden.load_state_dict(model.model.state_dict(), strict=False)
+        expected = model.head(hidden.eval()(ids).last_hidden_state.mean(1)).diff(dim=-1)
+        for given, mask in ((ids, None), (ids, torch.ones_like(ids)), (padded, (padded != 1).long())):
+            torch.testing.assert_close(model(given, mask).logits, expected, rtol=0, atol=1e-5)
 
 
 def broken_folder(kind: str, folder: Path, change) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.processors import BertProcessing
 
-from modeling_querit.prompting_querit import EncodedPair, PromptEncoder, document_text
+from modeling_querit.prompting_querit import CHUNK, EncodedPair, PromptEncoder, document_text
 from tests.tokenizers_for_tests import CAUSAL_TOKENIZERS, CORPUS, bert_like_tokenizer, qwen3_like_tokenizer
 
 BUILDERS = {**CAUSAL_TOKENIZERS, "bert": bert_like_tokenizer}
@@ -375,6 +375,17 @@ def test_little_more_than_fits_is_tokenised(monkeypatch):
     monkeypatch.setattr(limited, "_call", lambda texts, split: (seen.extend(map(len, texts)), call(texts, split))[1])
     limited.encode("rain " * 200_000, ["wind and rain " * 70_000])
     assert sum(seen) < 10_000
+
+
+def test_documents_are_tokenised_a_few_at_a_time(monkeypatch):
+    """Character offsets take far more memory than ids do."""
+    limited, sizes = PromptEncoder(tokenizer_of("qwen3"), 128), []
+    documents = [f"document {number} of many" for number in range(150)]
+    expected = [limited.encode("many?", [document])[0] for document in documents]
+    call = limited._call
+    monkeypatch.setattr(limited, "_call", lambda texts, split: sizes.append(len(texts)) or call(texts, split))
+    assert limited.encode("many?", documents) == expected
+    assert max(sizes) == CHUNK
 
 
 def test_lone_surrogates_are_replaced():

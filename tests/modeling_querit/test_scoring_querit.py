@@ -303,9 +303,17 @@ def test_out_of_memory_halves_the_budget_and_goes_on(limit, shared_prefix, caplo
     budgets = [int(text.rsplit("=", 1)[1].rstrip(".")) for text in caplog.messages if "Out of memory" in text]
     assert len(budgets) == len(sizes)
     for size, budget in zip(sizes, budgets, strict=True):
-        assert budget == size // 2 or (shared_prefix and budget <= 2000)
+        assert budget == size // 2
     # What memory allows is used: the budget is not lost to one failure.
     assert max(rows * width for rows, width, _ in spy.passes) > limit / 4
+
+
+def test_prompts_that_do_not_fit_together_are_halved_by_what_was_tried():
+    """Not by the length of their documents, which were not computed yet."""
+    pairs = [pair(20, document, seed) for seed in range(40) for document in (200, 201)]
+    with Spy(model_of("qwen3"), 400) as spy:
+        score_pairs(model_of("qwen3"), pairs, batch_tokens=16384, shared_prefix=True)
+    assert spy.failed == [(40, 20)]
 
 
 def test_a_pair_that_does_not_fit_names_the_fix():
