@@ -205,7 +205,12 @@ def evaluate(
         str | None, typer.Option(help="Tasks or benchmarks of mteb, with commas between: SciFact,BEIR.")
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="BEIR folder with qrels; may be given many times.")] = None,
-    retriever: Annotated[str, typer.Option(help="First stage: folder or Hub repo.")] = "Qwen/Qwen3-Embedding-0.6B",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the folders' qrels; the only one, or test, if not given.")
+    ] = None,
+    retriever: Annotated[
+        str, typer.Option(help="First stage: folder or Hub repo; REPO@COMMIT pins one.")
+    ] = "Qwen/Qwen3-Embedding-0.6B",
     output: Annotated[Path, typer.Option(help="Folder of the results; a stopped run goes on there.")] = Path(
         "evaluation"
     ),
@@ -215,33 +220,31 @@ def evaluate(
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest pair in tokens.")] = None,
 ) -> None:
-    """Measure rerankers on tasks of mteb and judged folders, beside their first stage."""
+    """Measure rerankers on tasks of mteb and judged folders, beside their first stage.
+
+    Of a folder whose qrels have several splits, test is measured unless --split names another.
+    """
     try:
         from recipes.evaluate import EvaluateArguments
         from recipes.evaluate import evaluate as measure
     except ImportError as error:
         raise fail(f"{error}. `querit evaluate` needs the extra: pip install querit-reranker[recipes]") from None
 
-    revisions: dict[str, str] = {}
+    def name_of(path: str) -> str:
+        return Path(path if Path(path).exists() else path.partition("@")[0]).resolve().name
 
-    def unpinned(model: str) -> str:
-        name, at, commit = model.rpartition("@")
-        if not at or Path(model).exists():
-            return model
-        revisions[name] = commit
-        return name
-
-    paths = [named(unpinned(model)) for model in models]
-    names = [Path(path).resolve().name for path in paths]
+    paths = [named(model) for model in models]
+    names = [name_of(path) for path in paths]
     try:
         arguments = EvaluateArguments(
-            models=dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True)),
+            # Two that are called the same, as two commits of a repo, are told apart by what was typed.
+            models=dict(zip(names if len(set(names)) == len(names) else models, paths, strict=True)),
             output_dir=str(output),
             data=data or [],
             # The comma of "MTEB(Multilingual, v2)" is part of the name.
             tasks=[name.strip() for name in re.split(r",(?![^(]*\))", tasks or "") if name.strip()],
-            retriever=unpinned(retriever),
-            revisions=revisions,
+            split=split,
+            retriever=retriever,
             top_k=top_k,
             max_queries=max_queries,
             max_length=max_length,

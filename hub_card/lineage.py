@@ -76,6 +76,6 @@ def in_words(config: dict[str, Any]) -> str:
     if "method" in config and "models" in config:
         return f"{config['method']} of " + ", ".join(f"`{Path(model).name}`" for model in config["models"])
     if "first_group" in config:
-        queries = f"{config['groups']} held-out queries" if "groups" in config else "held-out queries"
+        queries = f"{config['groups']} queries" if "groups" in config else "queries"
         return f"`{start}`, its head scaled on {queries} so that the probability means what it says"
     return ""

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -26,14 +27,16 @@ from trl import RewardConfig
 from hub_card.build import build
 from modeling_querit.scoring_querit import fastest_cpu_dtype
 from recipes import mine, score, train
-from recipes.documents import joined, read_documents
+from recipes.documents import detect_language, joined, read_documents
 from recipes.evaluate import EvaluateArguments, evaluate
+from recipes.generators import QueryWriter
 from recipes.merge import MergeArguments
 from recipes.merge import main as merge
 from recipes.records import content_hash
 from recipes.results import interval_of_mean
 from recipes.retrieval import BM25, fingerprint
 from recipes.shards import write_aside
+from recipes.targets import cut_passages
 from recipes.teachers import Teacher, load_cross_encoder, load_querit, read_teachers
 
 CANDIDATES = 7  # passages of a training group, the positive among them
@@ -42,7 +45,11 @@ JUDGED = 100  # most queries that judge
 FEWEST = 50  # training queries under which an adaptation is not tried
 FEWEST_JUDGED = 20  # with fewer, a bootstrap interval is too narrow: models that are no better would pass as better
 TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
-SPARE = 0.7  # share of the budget that is planned: starting, writing queries and merging take the rest
+ASKED = 2.5  # queries asked for, per training query: a fifth is held aside, and filters leave out about half
+PASSAGES = 3  # leading passages of a document among which the candidates are
+SAMPLE = 16  # documents that tell how fast the models are
+TIMED = 3  # of them, those on which a generator is timed: a language model takes seconds for each
+SPARE = 0.7  # share of the budget that is planned: starting, cutting crops and merging take the rest
 
 
 @dataclass
@@ -84,15 +91,16 @@ class Pace:
 
     model: float  # a pair scored by the model that is adapted
     teacher: float  # a pair scored by the teacher; 0 for a bi-encoder
-    corpus: float  # all documents encoded by a bi-encoder; 0 for other teachers
+    corpus: float  # all documents encoded by a bi-encoder, as often as the stages do; 0 for other teachers
+    generator: float  # as many queries written as it takes for one to train with; 0 for crops
 
     def fixed(self) -> float:
         """What does not depend on how many queries there are: encoding, and judging three models."""
         return self.corpus + 3 * JUDGED * TOP_K * self.model
 
     def query(self) -> float:
-        """A training query: its candidates read by the teacher, its group trained on."""
-        return TOP_K * self.teacher + CANDIDATES * TRAINING_COST * self.model
+        """A training query: written, its candidates read by the teacher, its group trained on."""
+        return self.generator + TOP_K * self.teacher + CANDIDATES * TRAINING_COST * self.model
 
     def affordable_queries(self, budget_minutes: float) -> int:
         return int((SPARE * 60 * budget_minutes - self.fixed()) / self.query())
@@ -111,17 +119,49 @@ def best_time(work: Callable[[], Any]) -> float:
     return min(times)
 
 
-def measure_pace(args: AdaptArguments, teacher: Teacher, texts: list[str], documents: int) -> Pace:
+def writing_time(args: AdaptArguments, generator: dict[str, Any], sample: list[dict]) -> float:
+    """Seconds that a generator takes for a document, once it is loaded; 0 for crops, which cost next to nothing.
+
+    Where it answers more than TIMED documents at once, it takes less in the end. Raises RuntimeError for a server that
+    does not answer, ValueError for one whose key is not there.
+    """
+    if generator["kind"] == "crop":
+        return 0.0
+    items = [
+        {"row": row, "id": document["_id"], "title": document["title"], "text": document["text"]}
+        | {"language": detect_language(joined(document)), "aside": False}
+        for row, document in enumerate(sample[:TIMED])
+    ]
+    write = QueryWriter(generator, args.queries_per_document, args.seed, "")  # only crops read a table of terms
+    start = time.perf_counter()
+    write(items)
+    return (time.perf_counter() - start) / len(items)
+
+
+def measure_pace(
+    args: AdaptArguments,
+    teacher: Teacher,
+    generator: dict[str, Any],
+    sample: list[dict],
+    passages: list[str],
+    documents: int,
+) -> Pace:
+    """The pace here, by a sample of the `documents` that there are, and its passages. Raises what writing_time does."""
+    texts = [joined(document) for document in sample]
+
     def reading(model: Teacher) -> float:
         score = load_querit(model, 32) if model.kind == "querit" else load_cross_encoder(model, 32)
         return best_time(lambda: score([texts[0][:60]], [texts])) / len(texts)
 
+    written = ASKED / args.queries_per_document * writing_time(args, generator, sample)
     model = reading(Teacher(args.model, args.revision, "querit"))
     if teacher.kind == "bi-encoder":
         encoder = SentenceTransformer(teacher.model, revision=teacher.revision)
-        return Pace(model, 0.0, best_time(lambda: encoder.encode(texts)) / len(texts) * documents)
+        # For the round trip of mining, for the first stage of the evaluation, and for the teacher.
+        encoded = [*texts, *texts, *passages]
+        return Pace(model, 0.0, best_time(lambda: encoder.encode(encoded)) / len(texts) * documents, written)
     same = (teacher.model, teacher.revision) == (args.model, args.revision)
-    return Pace(model, model if same else reading(teacher), 0.0)
+    return Pace(model, model if same else reading(teacher), 0.0, written)
 
 
 def training_config(args: AdaptArguments, folder: Path, max_length: int) -> RewardConfig:
@@ -209,12 +249,12 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
     work = out.with_name(f"{out.name}.work")
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another output, or move it away.")
-    texts: list[str] = []
+    sample: list[dict] = []
     documents = 0
     for document in read_documents(args.documents):
         documents += 1
-        if len(texts) < 16:
-            texts.append(joined(document))
+        if len(sample) < SAMPLE:
+            sample.append(document)
     if documents < FEWEST:
         raise ValueError(f"{args.documents} has {documents} documents; an adaptation needs some hundreds.")
     generator = generator_entry(args.generator)
@@ -224,18 +264,23 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
     (teacher,) = read_teachers([entry])
     bi_encoder = teacher.kind == "bi-encoder"
     first_stage = teacher.model if bi_encoder else BM25
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    max_length = min(tokenizer.model_max_length, 512)
+    passage_tokens = max_length - 48
 
     # What is asked for is fixed once: a run that goes on must not measure another speed and ask other documents.
     plan_file = work / "plan.json"
     request = asdict(args) | {"output": out.name, "documents": content_hash(args.documents)}
     request |= {"model": fingerprint(args.model, args.revision), "teacher": fingerprint(teacher.model, revision)}
     if not plan_file.exists():
-        pace = measure_pace(args, teacher, texts, documents)
+        cut = cut_passages(tokenizer, [joined(document) for document in sample], passage_tokens, PASSAGES)
+        pace = measure_pace(args, teacher, generator, sample, list(chain(*cut)), documents)
         queries = pace.affordable_queries(args.budget_minutes)
         if queries < FEWEST:
             raise ValueError(
                 f"{args.budget_minutes:g} minutes are too few: a pair takes {1000 * pace.model:.1f} ms here, for the "
-                f"teacher {1000 * pace.teacher:.1f}. Give --budget-minutes {math.ceil(pace.minutes_needed(FEWEST))}."
+                f"teacher {1000 * pace.teacher:.1f}, encoding the documents {pace.corpus:.0f} s, writing for a query "
+                f"{pace.generator:.1f} s. Give --budget-minutes {math.ceil(pace.minutes_needed(FEWEST))}."
             )
         write_aside(plan_file, json.dumps({"request": request, "queries": queries}, indent=1) + "\n")
     plan = json.loads(plan_file.read_text(encoding="utf-8"))
@@ -251,8 +296,7 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
                 documents=args.documents,
                 output_dir=str(mined),
                 generators=[generator],
-                # A fifth is held aside, and filters leave out about half.
-                sample=math.ceil(2.5 * plan["queries"] / args.queries_per_document),
+                sample=math.ceil(ASKED * plan["queries"] / args.queries_per_document),
                 queries_per_document=args.queries_per_document,
                 held_aside=0.2,
                 retriever=first_stage,
@@ -269,8 +313,6 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
                 "needed. Give more documents, more --queries-per-document, or another --generator, and remove "
                 f"{work}; mined/mine.json there tells what the filters left out."
             )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
-    max_length = min(tokenizer.model_max_length, 512)
     scored = work / "scored.parquet"
     if not scored.exists():
         score.main(
@@ -284,7 +326,8 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
                 tokenizer_revision=args.revision,
                 top_k=TOP_K,
                 candidates=CANDIDATES - 1,
-                passage_tokens=max_length - 48,
+                passage_tokens=passage_tokens,
+                passages_per_document=PASSAGES,
                 seed=args.seed,
             )
         )
@@ -302,6 +345,8 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
     if not merged.exists():
         revisions = {args.model: args.revision} if args.revision else {}
         merge(MergeArguments(models=[args.model, str(adapted)], output_dir=str(merged), revisions=revisions))
+    # Another teacher has no part in this: it may be another commit of the model's own repo.
+    measured = {args.model: args.revision} | ({teacher.model: teacher.revision} if bi_encoder else {})
     results = evaluate(
         EvaluateArguments(
             models={"general": args.model, "adapted": str(adapted), "merged": str(merged)},
@@ -309,9 +354,7 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
             data=[str(mined)],
             split="test",
             retriever=first_stage,
-            revisions={
-                m: r for m, r in ((args.model, args.revision), (args.teacher, args.teacher_revision)) if m and r
-            },
+            revisions={model: commit for model, commit in measured.items() if commit},
             top_k=TOP_K,
             max_queries=JUDGED,
             max_length=max_length,

@@ -6,8 +6,9 @@ A ranking loss fixes the differences of the logits within a query and leaves the
 1999) fits sigmoid(a * logit + b) to known relevance; a and b go into the head. The order of documents does not change.
 """
 
+import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from hub_card.build import MERGE_RECORD
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from modeling_querit.scoring_querit import score_pairs
+from recipes.records import already_made
+
+REPORT = "calibrate.json"
 
 
 @dataclass
@@ -50,6 +54,8 @@ def rescale(model: QueritForSequenceClassification, slope: float, intercept: flo
 
 def main(args: CalibrateArguments) -> None:
     out = Path(args.output_dir)
+    if already_made(out, asdict(args), REPORT):
+        return
     model = QueritForSequenceClassification.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     encoder = PromptEncoder(tokenizer, args.max_length)
@@ -64,12 +70,13 @@ def main(args: CalibrateArguments) -> None:
     slope, intercept = fit(logits, relevant)
     rescale(model, slope, intercept)
     aside = out.with_name(out.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if (record := Path(args.model_name_or_path) / MERGE_RECORD).is_file():  # how the model came, for its card
         shutil.copy(record, aside)
-    shutil.rmtree(out, ignore_errors=True)
+    report = {"slope": slope, "intercept": intercept, "queries": len(groups), "pairs": len(pairs)}
+    (aside / REPORT).write_text(json.dumps({**report, "settings": asdict(args)}, indent=1) + "\n", encoding="utf-8")
     aside.rename(out)
     print(f"{out}: logit = {slope:.3f} * logit {intercept:+.3f}, fitted on {len(groups)} queries, {len(pairs)} pairs")
 

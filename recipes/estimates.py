@@ -92,7 +92,10 @@ def count(stage: Stage, stages: list[Stage]) -> tuple[int | None, int | None]:
 
 
 def rate_of(stage: Stage, stages: list[Stage], table: dict) -> tuple[float | None, str]:
-    """(items per second, where that number is from): this stage's own last run, its kind's runs here, the table."""
+    """(items per second, where that number is from): this stage's own last run, its kind's runs here, the table.
+
+    The table may name a stage itself, where it is faster or slower than others of its script.
+    """
     records = [read_record(other.output) for other in stages if other.script == stage.script]
     timed = [record for record in records if record and record.get("seconds") and record.get("items")]
     own = [record for record in timed if record["stage"] == stage.name]
@@ -100,7 +103,8 @@ def rate_of(stage: Stage, stages: list[Stage], table: dict) -> tuple[float | Non
         return sum(r["items"] for r in runs) / sum(r["seconds"] for r in runs), "rates of former runs"
     name = stage.path.resolve().parent.name
     member = name if name in table["members"] else table["default"]
-    return table["members"][member]["rates"].get(stage.script), f"rates.yaml, {table['members'][member]['hardware']}"
+    rates = table["members"][member]["rates"]
+    return rates.get(stage.name, rates.get(stage.script)), f"rates.yaml, {table['members'][member]['hardware']}"
 
 
 def dollars_of(stage: Stage, documents: int | None, table: dict) -> float | None:

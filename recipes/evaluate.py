@@ -51,7 +51,9 @@ TREC_EVAL = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precisio
 
 @dataclass
 class EvaluateArguments:
-    models: dict[str, str] = field(metadata={"help": "Name in the table -> folder or Hub repo of a reranker."})
+    models: dict[str, str] = field(
+        metadata={"help": "Name in the table -> folder or Hub repo (or REPO@COMMIT) of a reranker."}
+    )
     output_dir: str = field(metadata={"help": "Folder of the result files."})
     data: list[str] = field(default_factory=list, metadata={"help": "BEIR folders with qrels."})
     tasks: list[str] = field(
@@ -60,11 +62,16 @@ class EvaluateArguments:
     )
     retriever: str = field(
         default="Qwen/Qwen3-Embedding-0.6B",
-        metadata={"help": "First stage: sentence-transformers folder, Hub repo, or bm25 (the first model's tokens)."},
+        metadata={
+            "help": "First stage: sentence-transformers folder, Hub repo (or REPO@COMMIT), or bm25 (the first model's "
+            "tokens)."
+        },
     )
-    revisions: dict[str, str] = field(default_factory=dict, metadata={"help": "Model or retriever -> commit."})
+    revisions: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Model or retriever -> commit, where it names none itself."}
+    )
     split: str | None = field(
-        default=None, metadata={"help": "Split of the folders' qrels; the only one if not given."}
+        default=None, metadata={"help": "Split of the folders' qrels; the only one, or test, if not given."}
     )
     top_k: int = field(default=100, metadata={"help": "Candidates reranked per query, where the task lists none."})
     max_queries: int | None = field(default=None, metadata={"help": "Judge only a sample of so many queries a set."})

@@ -27,10 +27,19 @@ ENCODER_INSTRUCTION = "Given a web search query, retrieve relevant passages that
 
 
 class BeirFolder(AbsTaskRetrieval):
-    """A BEIR folder as a task of mteb, scored by nDCG@10. `top_ranked.jsonl`, where it stands, gives the candidates."""
+    """A BEIR folder as a task of mteb, scored by nDCG@10. `top_ranked.jsonl`, where it stands, gives the candidates.
+
+    Without a `split` it is measured on the only one that its qrels have, and on `test` where that is among several.
+    Raises FileNotFoundError for a split that is not there, or where none is given and several are there but no `test`.
+    """
 
     def __init__(self, folder: str | Path, split: str | None = None):
         self.folder = Path(folder)
+        splits = sorted(file.stem for file in (self.folder / "qrels").glob("*.tsv"))
+        if split is None and "test" in splits:
+            split = "test"
+        if split is not None and split not in splits:
+            raise FileNotFoundError(f"{folder}/qrels has no {split}.tsv; its splits are {', '.join(splits) or 'none'}.")
         qrels = read_qrels(folder, split)
         self.qrels = {query: documents for query, documents in qrels.items() if max(documents.values()) > 0}
         files = [*sorted(self.folder.glob("*.jsonl*")), *sorted((self.folder / "qrels").glob("*.tsv"))]

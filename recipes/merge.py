@@ -91,6 +91,11 @@ class Step:
     linear_tensors: int = 0
     linear_parameters: int = 0
     identical_tensors: int = 0
+    identical_parameters: int = 0
+
+    def count_identical(self, tensor: torch.Tensor) -> None:
+        self.identical_tensors += 1
+        self.identical_parameters += tensor.numel()
 
 
 def check_arguments(args: MergeArguments) -> None:
@@ -216,7 +221,7 @@ def merge_in_steps(tensors: list[torch.Tensor], steps: list[Step], dtype: torch.
     for step, tensor in zip(steps, tensors[1:], strict=True):
         other = tensor.to(dtype)
         if torch.equal(merged, other):  # frozen in training: stays as it is, bit for bit
-            step.identical_tensors += 1
+            step.count_identical(merged)
             continue
         if abs(cosine(merged, other)) > LINEAR_COSINE:
             step.linear_tensors += 1
@@ -256,6 +261,8 @@ def merge_weights(
             if not all_equal(tensors):
                 raise ValueError(f"{name} holds whole numbers that differ between the models; it cannot be merged.")
             merged = tensors[0]
+            for step in steps:
+                step.count_identical(merged)
         elif method == "slerp":
             merged = merge_in_steps(tensors, steps, work_dtype)
         else:
@@ -334,16 +341,23 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def report_of(models: list[Checkpoint], steps: list[Step]) -> dict[str, Any]:
-    """Counts of the whole merge and of each step, which are printed too."""
+    """Counts of the whole merge and of each step, which are printed too.
+
+    A step's shares are of what differed: a tensor that stood there already was merged in no way at all.
+    """
     tensors, parameters = len(models[0].shapes), sum(map(math.prod, models[0].shapes.values()))
     print(f"Merged {', '.join(model.name for model in models)}: {tensors:,} tensors, {parameters:,} parameters")
     told = []
     for step in steps:
-        shares = (step.linear_tensors / tensors, step.linear_parameters / parameters)
-        told.append({**vars(step), "linear_tensors_share": shares[0], "linear_parameters_share": shares[1]})
+        differing = tensors - step.identical_tensors
+        share = step.linear_tensors / max(1, differing)
+        of_parameters = step.linear_parameters / max(1, parameters - step.identical_parameters)
+        shares = {"linear_share_of_differing_tensors": share, "linear_share_of_differing_parameters": of_parameters}
+        told.append(vars(step) | shares)
         print(
-            f"  + {step.model}, t {step.t:.3f}: |cos| > {LINEAR_COSINE}, so linear, for {step.linear_tensors:,} "
-            f"tensors ({shares[0]:.1%}; {shares[1]:.1%} of the parameters); {step.identical_tensors:,} identical"
+            f"  + {step.model}, t {step.t:.3f}: |cos| > {LINEAR_COSINE}, so linear, for {step.linear_tensors:,} of the "
+            f"{differing:,} tensors that differ ({share:.1%}; {of_parameters:.1%} of their parameters); "
+            f"{step.identical_tensors:,} identical"
         )
     return {"tensors": tensors, "parameters": parameters, "steps": told, "mergekit": version("mergekit")}
 

@@ -230,12 +230,15 @@ class RoundTrip:
     """A worker of `run_shards`: marks the queries that do not bring their own document back."""
 
     def __init__(self, index: str, top_k: int):
-        from recipes.retrieval import load_index  # heavy, and not needed without a round trip
+        from recipes.retrieval import Bm25Index, load_index  # heavy, and not needed without a round trip
 
         self.index, self.top_k = load_index(index), top_k
+        self.is_bm25 = isinstance(self.index, Bm25Index)
 
     def __call__(self, queries: list[dict]) -> list[dict]:
-        _, rows = self.index.search([query["text"] for query in queries], self.top_k)
+        scores, rows = self.index.search([query["text"] for query in queries], self.top_k)
+        if self.is_bm25:  # where few documents have a word piece of the query, any others fill up the top_k, scored 0
+            rows = np.where(scores > 0, rows, -1)
         return [
             query | {"dropped": "" if query["row"] in found else "round_trip"}
             for query, found in zip(queries, rows.tolist(), strict=True)

@@ -86,6 +86,8 @@ class Index(ABC):
 class DenseIndex(Index):
     """Exact search by cosine (or dot product, where the model says so)."""
 
+    encoded: tuple[list[str], torch.Tensor] | None = None  # the queries encoded last, and their vectors
+
     @cached_property
     def encoder(self) -> SentenceTransformer:
         return load_encoder(self.settings)
@@ -96,7 +98,13 @@ class DenseIndex(Index):
         return np.load(self.folder / "vectors.npy", mmap_mode="r")
 
     def encode_queries(self, queries: list[str]) -> torch.Tensor:
-        return encode(self.encoder, queries, self.settings["batch_size"], queries=True)
+        """-> float32 `(queries, hidden)` on the CPU, not to be changed: asked for the same again, they are given again.
+
+        A retriever that is a teacher too first searches with queries, then scores what was found.
+        """
+        if self.encoded is None or self.encoded[0] != queries:
+            self.encoded = list(queries), encode(self.encoder, queries, self.settings["batch_size"], queries=True)
+        return self.encoded[1]
 
     def search(self, queries: list[str], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         return self.search_vectors(self.encode_queries(queries), top_k)

@@ -155,9 +155,13 @@ class Scorer:
         self, name: str, folder: Path, teachers: list[Teacher], indexes: list[Path | None], args: ScoreArguments
     ):
         self.name, self.args = name, args
-        self.passages, self.index = Passages(folder / "passages.arrow"), load_index(folder / "index")
+        self.passages = Passages(folder / "passages.arrow")
+        # Each folder once: a teacher that is the retriever too shares its model, and the queries that it has encoded.
+        opened = {path: load_index(path) for path in (folder / "index", *indexes) if path is not None}
+        self.index = opened[folder / "index"]
         self.teachers = [
-            load_teacher(teacher, index, args.batch_size) for teacher, index in zip(teachers, indexes, strict=True)
+            load_teacher(teacher, None if path is None else opened[path], args.batch_size)
+            for teacher, path in zip(teachers, indexes, strict=True)
         ]
 
     def __call__(self, items: Rows) -> Rows:

@@ -15,7 +15,8 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,11 @@ def run_shards(
 
     `make_worker` is a picklable callable (a class or `functools.partial`) that loads what a worker needs once; the
     worker maps a shard's items to its rows, which fit `schema`. `settings` is all that the rows depend on beside the
-    items (JSON values): another setting, or other items, make all shards anew. `engine` is local (`workers` processes)
-    or ray (`workers` actors of Ray Data on the cluster that RAY_ADDRESS names or a local one; `output` must be on a
-    disk that they share; they share its GPUs too, if it has any).
+    items (JSON values): another setting, or other items, make all shards anew. `engine` is local (`workers` processes,
+    to which the GPUs are dealt out in turn, if there are any) or ray (`workers` actors of Ray Data on the cluster that
+    RAY_ADDRESS names or a local one; `output` must be on a disk that they share; they share its GPUs too).
+
+    Where a shard fails its error is raised, once the shards in work have come to their end; those finished are kept.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}.")
@@ -149,21 +152,39 @@ def run_shards(
     arguments = (make_worker, str(items.resolve()), str(output.resolve()), schema)
     progress = tqdm(total=total, initial=len(finished), desc=description, unit="shard")
     saved = len(finished)
-    for entry in run(arguments, waiting, workers) if waiting else ():
-        finished[entry["shard"]] = entry
-        # The whole manifest after each of a hundred thousand shards would be most of the work.
-        if len(finished) == total or len(finished) - saved >= max(1, saved // 100):
+    try:
+        for entry in run(arguments, waiting, workers) if waiting else ():
+            finished[entry["shard"]] = entry
+            # The whole manifest after each of a hundred thousand shards would be most of the work.
+            if len(finished) - saved >= max(1, saved // 100):
+                save(len(finished) == total)
+                saved = len(finished)
+            progress.update()
+    finally:  # where a shard failed, too: what the others hold may have been paid for
+        if len(finished) > saved:
             save(len(finished) == total)
-            saved = len(finished)
-        progress.update()
-    progress.close()
+        progress.close()
 
 
 _writer: ShardWriter | None = None  # of a worker process
 
 
-def _start(*arguments) -> None:
+def own_gpu(worker: int, gpus: int, visible: str | None) -> str | None:
+    """What worker number `worker` is to have as CUDA_VISIBLE_DEVICES: one device, in turn. None without any.
+
+    CUDA shows `gpus` devices here, the first of the list `visible`, this process's own CUDA_VISIBLE_DEVICES, if set.
+    """
+    if gpus == 0:
+        return None
+    names = visible.split(",")[:gpus] if visible else [str(gpu) for gpu in range(gpus)]
+    return names[worker % len(names)].strip()
+
+
+def _start(numbers: SimpleQueue[int], gpus: int, *arguments) -> None:
     global _writer
+    gpu = own_gpu(numbers.get(), gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if gpu is not None:  # before the worker loads a model: CUDA reads it once, when it is first used
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _writer = ShardWriter(*arguments)
 
 
@@ -173,15 +194,40 @@ def _write(shard: int) -> dict:
 
 
 def run_local(arguments: tuple, shards: list[int], workers: int) -> Iterator[dict]:
+    """The entries of the shards as they are finished. Once one has failed no other is begun; its error comes last."""
     if workers == 1:
         writer = ShardWriter(*arguments)
         yield from map(writer.write, shards)
         return
+    import torch  # heavy, and here for no more than counting GPUs
+
     # spawn: a forked process inherits the locks of the parent's OpenMP and tokenizer threads
     context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    arguments = (numbers, torch.cuda.device_count(), *arguments)
+    waiting, running = iter(shards), set[Future[dict]]()
+    failure: BaseException | None = None
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=arguments) as pool:
-        for future in as_completed([pool.submit(_write, shard) for shard in shards]):
-            yield future.result()
+        while True:
+            # One for each process: what the pool has taken into its own queue cannot be cancelled.
+            free = workers - len(running) if failure is None else 0
+            try:
+                for shard in itertools.islice(waiting, free):
+                    running.add(pool.submit(_write, shard))
+            except BrokenExecutor as broken:  # a process has died
+                failure = broken
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                if error := future.exception():
+                    failure = failure or error
+                else:
+                    yield future.result()
+    if failure is not None:
+        raise failure
 
 
 def run_ray(arguments: tuple, shards: list[int], workers: int) -> Iterator[dict]:

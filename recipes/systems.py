@@ -46,7 +46,8 @@ class Weights:
 def find_weights(path: str, revision: str | None = None) -> Weights:
     """A folder's fingerprint is the hash of its files; a Hub repo's, its commit.
 
-    Without a revision it is the commit that mteb's registry pins or, for a model not there, the repo's newest.
+    A repo's commit is `revision`, or stands behind its name: REPO@COMMIT. Without either it is the one that mteb's
+    registry pins or, for a model not there, the repo's newest.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -56,6 +57,8 @@ def find_weights(path: str, revision: str | None = None) -> Weights:
             raise ValueError(f"{path} holds no model: it has no *.safetensors.")
         hashes = "\n".join(f"{name.as_posix()} {file_hash(names[name])}" for name in sorted(names))
         return Weights(path, None, hashlib.sha256(hashes.encode()).hexdigest())
+    if revision is None and "@" in path:
+        path, _, revision = path.partition("@")
     if revision is None:
         with suppress(KeyError):
             revision = mteb.get_model_meta(path).revision

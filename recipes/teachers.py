@@ -24,7 +24,7 @@ from urllib3.util import Retry
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.pipeline_querit import TextRankingPipeline
-from recipes.retrieval import DenseIndex, encoding_dtype, fingerprint, load_index
+from recipes.retrieval import DenseIndex, Index, encoding_dtype, fingerprint
 from recipes.targets import Passages
 
 KINDS = ("bi-encoder", "cross-encoder", "querit", "vllm")
@@ -91,13 +91,11 @@ def kind_of(model: str, revision: str | None) -> str:
     )
 
 
-def load_teacher(teacher: Teacher, index: Path | None, batch_size: int) -> Scorer:
+def load_teacher(teacher: Teacher, index: Index | None, batch_size: int) -> Scorer:
     """The teacher, ready to score. A bi-encoder reads the passages' vectors from `index`, which it encoded itself."""
     if teacher.kind == "bi-encoder":
-        assert index is not None
-        vectors = load_index(index)
-        assert isinstance(vectors, DenseIndex)
-        return partial(score_vectors, vectors)
+        assert isinstance(index, DenseIndex)
+        return partial(score_vectors, index)
     load = {"cross-encoder": load_cross_encoder, "querit": load_querit, "vllm": load_vllm}[teacher.kind]
     return partial(score_texts, load(teacher, batch_size))
 

@@ -3,7 +3,9 @@
     python -m recipes.train --config recipes/querit-nano/1_general.yaml
 
 Every key of the YAML is a field of `ScriptArguments` below or of TRL's `RewardConfig`. A run that was stopped goes on
-from its last checkpoint. Several GPUs: `accelerate launch -m recipes.train --config ...`.
+from its last checkpoint; a finished one is left as it is. Several GPUs:
+
+    accelerate launch -m recipes.train --config ...
 """
 
 import json
@@ -29,6 +31,8 @@ DECIDING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "train_sampling_strategy", "bf16", "seed",
 )  # fmt: skip
+STATE = "trainer_state.json"  # in every checkpoint, and beside the final weights, which it is written after
+WEIGHTS = "model*.safetensors"  # large ones stand in several files
 
 
 @dataclass
@@ -161,11 +165,20 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
     folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for folder in reversed(folders):
         try:
-            json.loads((folder / "trainer_state.json").read_bytes())
+            json.loads((folder / STATE).read_bytes())
             return str(folder)
         except (FileNotFoundError, json.JSONDecodeError):
             print(f"{folder} is not whole: the run was stopped while it was written")
     return None
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a training came to its end here, its weights are there, and no other one has begun since."""
+    try:
+        state = json.loads((out / STATE).read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return state["global_step"] >= state["max_steps"] and any(out.glob(WEIGHTS))
 
 
 def check_settings(script: ScriptArguments, args: RewardConfig) -> None:
@@ -176,7 +189,7 @@ def check_settings(script: ScriptArguments, args: RewardConfig) -> None:
         if Path(settings[key]).exists():
             settings[key] = content_hash(settings[key])  # a folder may move
     settings = json.loads(json.dumps(settings))
-    noted, begun = out / "training.json", (out / "model.safetensors").exists() or any(out.glob("checkpoint-*"))
+    noted, begun = out / "training.json", any(out.glob(WEIGHTS)) or any(out.glob("checkpoint-*"))
     if begun:
         before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
         if changed := [key for key in settings if before.get(key) != settings[key]]:
@@ -194,6 +207,12 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
     if math.isclose(args.learning_rate, 0):
         raise ValueError("learning_rate is 0: nothing would be learnt.")
     check_settings(script, args)
+    out = Path(str(args.output_dir))
+    if is_finished(out):  # its checkpoints may be gone: without them it would be trained again, over itself
+        if args.process_index == 0:
+            print(f"{out} is there already; delete it to make it again.")
+        return
+    (out / STATE).unlink(missing_ok=True)  # of an end whose weights are gone: beside half of new ones it would lie
     torch.manual_seed(args.seed)  # the new head
     model = load_model(script, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, revision=script.model_revision or "main")
@@ -210,9 +229,8 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id or 0),
     )
-    output_dir = str(args.output_dir)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))
-    trainer.save_model(output_dir)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(str(out)))
+    trainer.save_model(str(out))
     trainer.save_state()
 
 

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import querit
+from recipes.systems import find_weights
 from tests.models_for_tests import folder_of, save_folder, tiny_model
 from tests.recipes.folders_for_tests import small_set, tiny_retriever
 
@@ -158,6 +159,18 @@ def test_evaluate_measures_folders_by_name_and_passes_options_on(tmp_path, model
     assert (settings["top_k"], settings["max_length"], settings["max_queries"]) == (4, 32, None)
 
 
+def test_evaluate_measures_test_or_the_split_that_is_named(tmp_path, model):
+    data, retriever = small_set(tmp_path / "care"), tiny_retriever(tmp_path / "retriever")
+    (data / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\nq3\td3\t1\n")
+    options = ["--data", data, "--retriever", retriever, "--output", tmp_path / "out", "--top-k", 4, "--max-length", 32]
+    for split, queries in (([], 16), (["--split", "dev"], 3)):
+        result = invoke("evaluate", model, *options, *split)
+        assert result.exit_code == 0, result.output
+        assert f"| care | nDCG@10 | {queries} |" in result.stdout
+    result = invoke("evaluate", model, *options, "--split", "train")
+    assert result.exit_code == 1 and "care/qrels has no train.tsv; its splits are dev, test." in result.output
+
+
 def test_evaluate_says_what_is_no_set_and_no_reranker(tmp_path, model, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
@@ -190,9 +203,27 @@ def test_evaluate_takes_commits_of_repos(tmp_path, monkeypatch):
     folder.mkdir()
     options = ["--tasks", "SciFact, BEIR", "--retriever", f"org/dense@{'b' * 40}", "--output", tmp_path / "out"]
     assert invoke("evaluate", f"org/reranker@{commit}", folder, *options).exit_code == 0
-    assert seen[0].models == {"reranker": "org/reranker", "name@home": str(folder)}
-    assert seen[0].revisions == {"org/reranker": commit, "org/dense": "b" * 40}
-    assert seen[0].tasks == ["SciFact", "BEIR"] and seen[0].retriever == "org/dense"
+    assert seen[0].models == {"reranker": f"org/reranker@{commit}", "name@home": str(folder)}
+    assert seen[0].tasks == ["SciFact", "BEIR"]
+    pinned = find_weights(seen[0].models["reranker"])
+    assert (pinned.path, pinned.revision) == ("org/reranker", commit)
+    pinned = find_weights(seen[0].retriever)
+    assert (pinned.path, pinned.revision) == ("org/dense", "b" * 40)
+
+
+def test_evaluate_takes_several_commits_of_one_repo(tmp_path, monkeypatch):
+    import recipes.evaluate
+
+    seen = []
+    monkeypatch.setattr(recipes.evaluate, "evaluate", lambda args: seen.append(args))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.md").write_text("| table |")
+    models = [f"org/m@{letter * 40}" for letter in "ab"]
+    options = ["--tasks", "SciFact", "--retriever", f"org/m@{'c' * 40}", "--output", tmp_path / "out"]
+    assert invoke("evaluate", *models, *options).exit_code == 0
+    assert seen[0].models == {model: model for model in models}
+    found = [find_weights(path) for path in (*seen[0].models.values(), seen[0].retriever)]
+    assert [(weights.path, weights.revision) for weights in found] == [("org/m", letter * 40) for letter in "abc"]
 
 
 def test_help_imports_no_torch():

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from tests.bench.machine import machine, matmul_rate, peak_mib, reset_peak
 
 TEXT = "the tide rises twice a day because moon pulls on near side of earth more strongly than far sea falls"
-SLICES = {"0.6B": 7, "4B": 3, "A0.4B": 6, "dense 0.4B": 6}  # layers
+SLICES = {"0.6B": 7, "4B": 3, "A0.4B": 4, "dense 0.4B": 6}  # layers, such that all ways of one stand in 24 GiB
 
 
 class Work(NamedTuple):

@@ -173,16 +173,19 @@ def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path):
     assert files_in(tmp_path / "notes") == {"diary.txt": b"kept"}
 
 
-def test_the_record_of_a_merge_comes_along_without_paths(tmp_path):
+@pytest.mark.parametrize(("linear", "only"), [(3, False), (6, True)])
+def test_the_record_of_a_merge_comes_along_without_paths(tmp_path, linear, only):
     source = shutil.copytree(folder_of("bert"), tmp_path / "merged")
-    step = {"model": "/data/me/adapted-b", "t": 0.5, "linear_tensors_share": 0.25, "linear_parameters_share": 0.1}
+    step = {"model": "/data/me/adapted-b", "t": 0.5, "linear_tensors": linear, "identical_tensors": 4}
     models = [{"model": "/data/me/adapted-a"}, {"model": "/data/me/adapted-b"}]
-    record = {"method": "slerp", "models": models, "weights": [0.5, 0.5], "steps": [step]}
+    record = {"method": "slerp", "models": models, "weights": [0.5, 0.5], "tensors": 10, "steps": [step]}
     (source / "merge.json").write_text(json.dumps(record))
     folder = build(source, tmp_path / "x", lambda made: render(made))
     assert "/data/me" not in (folder / "merge.json").read_text()
-    assert "adapted-a 0.50, adapted-b 0.50." in (folder / "README.md").read_text()
-    assert "At `adapted-b`, 25% of the tensors (10% of the parameters)" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "adapted-a 0.50, adapted-b 0.50." in card
+    assert f"At `adapted-b`, {linear} of the 6 tensors that differed" in card
+    assert ("SLERP took its spherical path nowhere" in card) == only
 
 
 def test_a_missing_padding_token_is_the_closing_one(tmp_path):

@@ -5,7 +5,10 @@ import random
 import re
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +23,9 @@ import querit
 from hub_card.build import build
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from recipes import adapt as module
-from recipes.adapt import AdaptArguments, Pace, adapt, generator_entry, in_words, judge
+from recipes.adapt import TIMED, AdaptArguments, Pace, adapt, generator_entry, in_words, judge, measure_pace
+from recipes.documents import read_documents
+from recipes.teachers import Teacher
 from tests.models_for_tests import save_folder, tiny_model
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
 from tests.recipes.test_generators import Server
@@ -139,21 +144,60 @@ def test_few_queries_tell_nothing():
     assert judge(results([0.5] * 20, [0.63] * 20), 0)["better"]
 
 
-def test_the_budget_counts_the_model_the_teacher_and_the_corpus():
+def test_the_budget_counts_the_model_the_teacher_the_corpus_and_the_generator():
     # By hand: 0.7 * 1800 s - 3 * 100 * 50 * 0.01 s = 1110 s; a query costs 50 * 0.02 + 7 * 4 * 0.01 s.
-    assert Pace(0.01, 0.02, 0.0).affordable_queries(30) == int(1110 / 1.28)
-    assert Pace(0.01, 0.02, 200.0).affordable_queries(30) == int(910 / 1.28)
-    assert Pace(0.01, 0.0, 0.0).affordable_queries(30) == int(1110 / 0.28)
+    assert Pace(0.01, 0.02, 0.0, 0.0).affordable_queries(30) == int(1110 / 1.28)
+    assert Pace(0.01, 0.02, 200.0, 0.0).affordable_queries(30) == int(910 / 1.28)
+    assert Pace(0.01, 0.0, 0.0, 0.0).affordable_queries(30) == int(1110 / 0.28)
+    assert Pace(0.01, 0.02, 0.0, 4.0).affordable_queries(30) == int(1110 / 5.28)
+
+
+def test_the_pace_counts_every_encoding_and_all_queries_that_are_written(documents, model, tmp_path, monkeypatch):
+    runs = []
+
+    def six_seconds(work):
+        runs.append(work())
+        return 6.0
+
+    monkeypatch.setattr(module, "best_time", six_seconds)
+    monkeypatch.setattr(module, "writing_time", lambda *args: 4.0)
+    sample = list(islice(read_documents(documents), 16))
+    teacher = Teacher(str(tiny_retriever(tmp_path / "teacher")), kind="bi-encoder")
+    args = AdaptArguments(str(documents), str(model), "out", queries_per_document=2)
+    pace = measure_pace(args, teacher, generator_entry("org/lm"), sample, ["a passage"] * 20, 800)
+    # Documents are encoded in mining and in evaluation, passages in scoring: 16 documents have 20 of them here.
+    assert len(runs[-1]) == 16 + 16 + 20
+    assert (pace.teacher, pace.corpus) == (0.0, 6.0 / 16 * 800)
+    # A document takes 4 s and gives 2 queries, of which one in 2.5 is left to train with.
+    assert pace.generator == pytest.approx(2.5 * 4.0 / 2)
+
+
+def test_a_generator_is_timed_on_a_few_documents(documents, model, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key")
+
+    def slowly(messages):
+        time.sleep(0.3)
+        return answer(messages)
+
+    server = Server(answer=slowly)
+    sample = list(islice(read_documents(documents), 16))
+    args = AdaptArguments(str(documents), str(model), "out")
+    seconds = module.writing_time(args, generator_entry(f"{server.base_url}#r1"), sample)
+    server.shutdown()
+    server.server_close()
+    assert len(server.requests) == TIMED and seconds >= 0.3 / TIMED
+    assert module.writing_time(args, generator_entry("crop"), sample) == 0
 
 
 @given(
     st.floats(1e-4, 2),
     st.sampled_from([0.0, 1e-3, 0.5]),
     st.sampled_from([0.0, 60.0, 1e4]),
+    st.sampled_from([0.0, 0.1, 30.0]),
     st.integers(1, 500),
 )
-def test_the_minutes_that_are_asked_for_suffice(model, teacher, corpus, queries):
-    pace = Pace(model, teacher, corpus)
+def test_the_minutes_that_are_asked_for_suffice(model, teacher, corpus, generator, queries):
+    pace = Pace(model, teacher, corpus, generator)
     minutes = pace.minutes_needed(queries)
     assert pace.affordable_queries(minutes * 1.001) >= queries > pace.affordable_queries(minutes * 0.99) - 1
 
@@ -247,7 +291,7 @@ def test_a_server_writes_the_queries(documents, model, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     assert found.exit_code == 0, found.output
-    assert len(server.requests) == len(SUBJECTS) * len(PLACES)
+    assert len(server.requests) == TIMED + len(SUBJECTS) * len(PLACES)
     assert {(key, body["model"]) for _, key, body in server.requests} == {("Bearer sk-very-secret", "r1")}
     work = tmp_path / "mine.work"
     mined = {json.loads(line)["text"] for line in (work / "mined" / "queries.jsonl").read_text().splitlines()}
@@ -259,6 +303,28 @@ def test_a_server_writes_the_queries(documents, model, tmp_path, monkeypatch):
     assert equal_weights(output, model) != verdict["better"]
     files = [path for folder in (work, output) for path in folder.rglob("*") if path.is_file()]
     assert not any(b"sk-very-secret" in path.read_bytes() for path in files)
+
+
+def test_another_commit_as_teacher_leaves_the_model_at_its_own(documents, model, tmp_path, monkeypatch):
+    seen = []
+
+    def mined(args):
+        Path(args.output_dir).mkdir()
+        (Path(args.output_dir) / "mine.json").write_text(json.dumps({"queries": {"train": 100, "test": 40}}))
+
+    def stop(args):
+        seen.append(args.revisions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.mine, "main", mined)
+    for stage in (module.score, module.train):
+        monkeypatch.setattr(stage, "main", lambda *args: None)
+    monkeypatch.setattr(module, "merge", lambda args: None)
+    monkeypatch.setattr(module, "evaluate", stop)
+    commits = {"revision": "a" * 40, "teacher": str(model), "teacher_revision": "b" * 40}
+    with pytest.raises(KeyboardInterrupt):
+        adapt(AdaptArguments(str(documents), str(model), str(tmp_path / "mine"), budget_minutes=600, **commits))
+    assert seen == [{str(model): "a" * 40}]
 
 
 @pytest.mark.parametrize("kind", ["querit", "cross-encoder"])

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -28,15 +29,21 @@ def test_rescale_moves_the_logit_as_told():
     assert torch.allclose(after, 0.7 * before - 1.2, atol=1e-5)
 
 
-def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_probability(tmp_path):
-    ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True)
+def judged_rows(ranker):
+    """Queries with candidates of which the relevant one is mostly, not always, the model's first."""
     rows = []
     for subject in SUBJECTS * 2:
         documents = [f"a {other} and a {subject}" for other in SUBJECTS[:6]]
         order = [result["index"] for result in ranker(f"keep a {subject}", documents, max_length=48)]
-        best = order[0] if subject in SUBJECTS[:10] else order[3]  # mostly right, not always
+        best = order[0] if subject in SUBJECTS[:10] else order[3]
         relevant = [i == best for i in range(6)]
         rows.append({"query": f"keep a {subject}", "documents": documents, "relevant": relevant})
+    return rows
+
+
+def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_probability(tmp_path):
+    ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True)
+    rows = judged_rows(ranker)
     Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
     merged = shutil.copytree(folder_of("bert"), tmp_path / "merged")
     (merged / "merge.json").write_text('{"method": "slerp"}')
@@ -55,3 +62,29 @@ def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_
         probabilities += [x["probability"] for x in after]
     # A property of maximum likelihood with an intercept: the mean prediction is the rate.
     assert sum(probabilities) / len(probabilities) == pytest.approx(1 / 6, abs=5e-3)
+
+
+def test_what_stands_at_the_output_is_kept(tmp_path, capsys):
+    ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True)
+    Dataset.from_list(judged_rows(ranker)).to_parquet(str(tmp_path / "data.parquet"))
+
+    def run(output, **changes):
+        settings = {"data": str(tmp_path / "data.parquet"), "first_group": 16, "max_length": 48, **changes}
+        main(CalibrateArguments(model_name_or_path=str(folder_of("bert")), output_dir=str(output), **settings))
+
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="theirs is there already, and nothing tells how it was made"):
+        run(theirs)
+    assert (theirs / "notes.txt").read_text() == "years of work"
+    run(out)
+    report = json.loads((out / "calibrate.json").read_text())
+    assert report["slope"] > 0 and report["queries"] == 16 and report["settings"]["first_group"] == 16
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    run(out)
+    assert f"{out} is there already" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"made with other settings \(groups\)"):
+        run(out, groups=8)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.parquet", "out", "theirs"]

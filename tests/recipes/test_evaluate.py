@@ -442,10 +442,40 @@ def test_wrong_sets_are_named(folder, tmp_path):
     refused(folder, tmp_path, "Two sets are named care", data=[str(folder / "care"), str(folder / "care")])
     (tmp_path / "empty").mkdir()
     refused(folder, tmp_path, "empty/qrels has", FileNotFoundError, data=[str(tmp_path / "empty")])
-    twice = small_set(tmp_path / "twice")
-    (twice / "qrels" / "dev.tsv").write_text((twice / "qrels" / "test.tsv").read_text())
-    refused(folder, tmp_path, "name the split", FileNotFoundError, data=[str(twice)])
-    assert list(judged_sets([], [str(twice)], "dev")["twice"][0].eval_splits) == ["dev"]
+    qrels = small_set(tmp_path / "twice") / "qrels"
+    (qrels / "dev.tsv").write_text((qrels / "test.tsv").read_text())
+    (qrels / "test.tsv").rename(qrels / "train.tsv")
+    twice = [str(tmp_path / "twice")]
+    refused(folder, tmp_path, "name the split", FileNotFoundError, data=twice)
+    refused(folder, tmp_path, "no test.tsv; its splits are dev, train", FileNotFoundError, data=twice, split="test")
+    assert list(judged_sets([], twice, "dev")["twice"][0].eval_splits) == ["dev"]
+
+
+def test_test_is_the_split_that_is_measured_where_none_is_named(tmp_path):
+    qrels = small_set(tmp_path / "data") / "qrels"
+    for name, document in (("train", "d1"), ("dev", "d2")):
+        (qrels / f"{name}.tsv").write_text(f"query-id\tcorpus-id\tscore\nq0\t{document}\t1\n")
+    assert BeirFolder(tmp_path / "data").qrels == {f"q{i}": {f"d{i}": 1} for i in range(16)}
+    assert list(BeirFolder(tmp_path / "data").eval_splits) == ["test"]
+    assert BeirFolder(tmp_path / "data", "dev").qrels == {"q0": {"d2": 1}}
+
+
+def test_two_commits_of_a_repo_are_measured_each_by_itself(folder, tmp_path, monkeypatch):
+    kept = {"a" * 40: folder_of("bert"), "b" * 40: save_folder(tmp_path / "b", "bert", tiny_model("bert", seed=1))}
+
+    def from_the_hub(path, revision, **options):
+        assert path == "org/m"
+        return QueritCrossEncoder(str(kept[revision]), **options)
+
+    data = [str(folder / "care")]
+    models = {f"org/m@{commit}": str(place) for commit, place in kept.items()}
+    expected = evaluate(arguments(folder, tmp_path / "places", data=data, models=models, fused=False))
+    monkeypatch.setattr(recipes.evaluate, "QueritCrossEncoder", from_the_hub)
+    found = evaluate(arguments(folder, tmp_path / "hub", data=data, models={m: m for m in models}, fused=False))
+    assert found["sets"]["care"]["per_query"] == expected["sets"]["care"]["per_query"]
+    for commit in kept:
+        name = f"org/m@{commit}"
+        assert found["weights"][name] == {"path": "org/m", "revision": commit, "fingerprint": name}
 
 
 def test_candidates_that_are_none_are_named(tmp_path):

@@ -1,4 +1,9 @@
-"""Every stage of the three members' recipes, with the files and keys that stand in `recipes/`, at tiny size."""
+"""The three members' recipes, with the files and keys that stand in `recipes/`, at tiny size.
+
+Every kind of stage runs, up to what is released, but for Nano's base, which is made of a package's weights. Of the
+targets the merge's first and last one run. So of Nano's no ablation does, nor `wiki`, whose queries a local language
+model writes: that is tested in test_generators.py.
+"""
 
 import json
 import os
@@ -14,6 +19,7 @@ import pytest
 import yaml
 from transformers import pipeline
 
+import recipes.calibrate
 from recipes.records import read_record
 from recipes.run import launch_here, plan, run
 from recipes.stages import Stage, read_stages
@@ -33,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mine": {"sample": 12, "retriever_batch_size": 8, "shard_size": 8},
     "score": {"top_k": 10, "candidates": 3, "passage_tokens": 32, "batch_size": 8, "shard_size": 8},
     "codeswitch": {"words": 60},
+    "calibrate": {"first_group": 12, "groups": 20},
     "evaluate": {"top_k": 6, "max_queries": 5, "max_length": 128},
 }  # fmt: skip
 TEXTS = {
@@ -88,12 +95,13 @@ def with_makers(names: list[str], stages: dict[str, Stage]) -> set[str]:
 
 
 def chosen_stages(folder: Path) -> dict[str, Stage]:
-    """The first merge, of its first and its last model alone, with all that comes before; the first evaluation."""
+    """The first merge, of its first and last model alone, with all before it; its calibration; the first evaluation."""
     stages = {stage.name: stage for stage in read_stages(folder)}
     merge, evaluate = (next(s for s in stages.values() if s.script == script) for script in ("merge", "evaluate"))
     ends = (merge.config["models"][0], merge.config["models"][-1])
     adapted = [name for name, stage in stages.items() if str(stage.output) in ends]
     kept = with_makers(adapted, stages) | {merge.name, evaluate.name}
+    kept |= {stage.name for stage in stages.values() if stage.script == "calibrate"}
     return {name: stage for name, stage in stages.items() if name in kept}
 
 
@@ -196,10 +204,11 @@ def up_to_date(stages: list[Stage], names: list[str]) -> bool:
 
 
 def check_result(stages: list[Stage]) -> None:
-    """The last model ranks, and the results tell of the models that were measured."""
+    """What is released ranks, and the results tell of the models that were measured."""
     (merged,) = [stage for stage in stages if stage.script == "merge"]
     assert len(merged.config["models"]) == 2
-    ranker = pipeline("text-ranking", model=str(merged.output), trust_remote_code=True)
+    released = next((stage for stage in stages if stage.script == "calibrate"), merged)
+    ranker = pipeline("text-ranking", model=str(released.output), trust_remote_code=True)
     documents = ["The kettle is oiled once a year.", "Le train part à sept heures.", "台所の油は棚にあります。"]
     ranked = ranker("how do I look after a kettle", documents)
     assert sorted(row["index"] for row in ranked) == [0, 1, 2]
@@ -244,8 +253,11 @@ def test_the_moe_member_by_the_command(recipe):
     check_result(stages)
 
 
-def test_the_small_member(recipe):
+def test_the_small_member(recipe, monkeypatch):
     stages = recipe("querit-nano")
+    assert stages[-2].output.name == "calibrated"  # what is released
+    # A model of a few steps may rank upside down, which the fit refuses; how it fits is tested in test_calibrate.py.
+    monkeypatch.setattr(recipes.calibrate, "fit", lambda logits, relevant: (2.0, 0.5))
     # its base is made of a package's weights; here it is the tiny retriever
     (base,) = [stage for stage in stages if stage.script == "base"]
     shutil.copytree("tiny/retriever", base.output)

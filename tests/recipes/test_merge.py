@@ -128,12 +128,17 @@ def test_slerp_of_three_is_the_formula_tensor_by_tensor_and_the_result_ranks(kin
     assert report["weights"] == pytest.approx([1 / 3] * 3)
     assert report["parameters"] == sum(tensor.numel() for tensor in result.values())
     assert linear[0] and len(linear[1]) < len(linear[0]) < report["tensors"] == len(result)
+    # The shares are of the tensors that differ, not of the frozen ones.
+    same = [name for name in result if "embed" in name]
+    frozen = sum(result[name].numel() for name in same)
     for step, names in zip(report["steps"], linear, strict=True):
         counted = sum(result[name].numel() for name in names)
         assert (step["linear_tensors"], step["linear_parameters"]) == (len(names), counted)
-        assert step["linear_tensors_share"] == pytest.approx(len(names) / len(result))
-        assert step["linear_parameters_share"] == pytest.approx(counted / report["parameters"])
-        assert step["identical_tensors"] == sum("embed" in name for name in result)
+        assert (step["identical_tensors"], step["identical_parameters"]) == (len(same), frozen)
+        share = len(names) / (len(result) - len(same))
+        assert step["linear_share_of_differing_tensors"] == pytest.approx(share)
+        of_parameters = counted / (report["parameters"] - frozen)
+        assert step["linear_share_of_differing_parameters"] == pytest.approx(of_parameters)
 
     QueritForSequenceClassification.from_pretrained(tmp_path / "out")
     scores = {}
@@ -176,6 +181,19 @@ def test_a_tensor_merged_with_itself_stays_bit_for_bit(a, count, method):
     if result is None:
         result = merge_at_once(tensors, method, weights, torch.float32)
     assert torch.equal(result, tensors[0])
+
+
+def test_where_all_that_differs_is_nearly_parallel_slerp_is_linear_and_its_report_says_so(tmp_path, capsys):
+    a, b, _ = checkpoints("bert")
+    near = rewrite(copied(b, tmp_path / "near"), lambda t: t.update({n: x * 1.01 for n, x in weights_of(a).items()}))
+    spherical = merged(tmp_path / "slerp", [a, near])
+    torch.testing.assert_close(spherical, merged(tmp_path / "linear", [a, near], method="linear"))
+    (step,) = json.loads((tmp_path / "slerp/out/merge.json").read_text(encoding="utf-8"))["steps"]
+    assert step["linear_share_of_differing_tensors"] == step["linear_share_of_differing_parameters"] == 1
+    assert "tensors that differ (100.0%; 100.0% of their parameters)" in capsys.readouterr().out
+    merged(tmp_path / "itself", [a, a])
+    (step,) = json.loads((tmp_path / "itself/out/merge.json").read_text(encoding="utf-8"))["steps"]
+    assert step["linear_tensors"] == step["linear_share_of_differing_tensors"] == 0
 
 
 def test_the_threshold_is_mergekits():

@@ -16,12 +16,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
-from transformers import Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from recipes import shards
 from recipes.data import read_corpus, read_jsonl, read_qrels
 from recipes.documents import read_documents
-from recipes.mine import LAST, Lowest, MineArguments, main
+from recipes.mine import LAST, Lowest, MineArguments, RoundTrip, main
+from recipes.retrieval import build_index
 from tests.models_for_tests import tiny_config, tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
 from tests.recipes.test_generators import chat_tokenizer, entry_of, serve  # noqa: F401
@@ -156,7 +158,10 @@ def test_each_filter_counts_what_it_drops(made, tmp_path, serve, capsys):  # noq
 
 
 def test_a_query_that_brings_another_document_back_is_dropped(made, tmp_path, serve):  # noqa: F811
-    server = serve(answer=lambda messages: "the glacier" if "bread" in messages[-1]["content"] else "the bread")
+    def answer(messages):
+        return "the glacier number" if "bread" in messages[-1]["content"] else "the bread number"
+
+    server = serve(answer=answer)
     documents = [{"_id": s, "title": "", "text": f"A {s} number 7."} for s in ("bread", "glacier")]
     write(tmp_path / "docs.jsonl", documents)
     changes = {"documents": str(tmp_path / "docs.jsonl"), "generators": [entry_of(server)], "round_trip_top_k": 1}
@@ -166,6 +171,19 @@ def test_a_query_that_brings_another_document_back_is_dropped(made, tmp_path, se
     main(arguments(made, tmp_path / "out", **{**changes, "round_trip_top_k": 2}))
     assert len(list(read_jsonl(tmp_path / "out", "queries"))) == 2
     assert len(server.requests) == 2  # the second run took the answers of the first
+
+
+def test_bm25_brings_no_document_back_that_shares_no_word_piece(tmp_path):
+    """Even where top_k has room for all documents."""
+    documents = ["oil the bicycle", "dry the bread", "tune the violin"]
+    words = ["<unk>", *sorted({word for text in documents for word in text.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "words")
+    build_index(documents, "bm25", tmp_path / "index", tokenizer=str(tmp_path / "words"))
+    asked = [(0, "bicycle"), (1, "the violin"), (1, "violin"), (2, "glacier"), (0, "oil"), (0, "")]
+    found = RoundTrip(str(tmp_path / "index"), 3)([{"row": row, "text": text} for row, text in asked])
+    assert [query["dropped"] for query in found] == ["", "", "round_trip", "round_trip", "", "round_trip"]
 
 
 def number_in(messages):

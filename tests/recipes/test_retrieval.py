@@ -52,6 +52,11 @@ def test_dense_search_is_exact_over_blocks_and_shards(model, tmp_path, small_blo
     assert all(np.array_equal(a, b) for a, b in zip(again.search(QUERIES, 30), (scores, rows), strict=True))
     asked = again.encode_queries(QUERIES)
     assert np.allclose(again.scores(asked[2], rows[2].tolist()), scores[2], atol=1e-6)
+    # What was encoded last is kept; other queries, and those of a list that was changed, are encoded.
+    some = QUERIES[:2]
+    assert np.allclose(again.encode_queries(some), asked[:2], atol=2e-2)
+    some[0] = QUERIES[2]
+    assert np.allclose(again.encode_queries(some)[0], asked[2], atol=2e-2)
     # Nothing but the index is left, and fewer passages than top_k give fewer columns.
     assert sorted(p.name for p in (tmp_path / "index").iterdir()) == ["index.json", "vectors.npy"]
     assert again.search(QUERIES[:1], 1000)[1].shape == (1, len(PASSAGES))

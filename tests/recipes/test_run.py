@@ -352,6 +352,17 @@ def test_estimates_count_what_stands_there_and_what_will(recipe):
     assert again.seconds == again.items * 2 and again.source == "rates of former runs"
 
 
+def test_a_stage_of_another_pace_has_a_rate_of_its_own(recipe):
+    write_yaml("1_general_more", {**RECIPE["1_general"], "output_dir": "runs/more"})
+    stages = {stage.name: stage for stage in read_stages("recipe")}
+    rates = yaml.safe_load((ROOT / "recipes" / "rates.yaml").read_text())["members"]["querit-nano"]["rates"]
+    assert rates["1_general_more"] != rates["train"]
+    for name, rate in (("1_general", "train"), ("1_general_more", "1_general_more"), ("4_adapt_fr", "train")):
+        guess = estimate(stages[name], list(stages.values()))
+        assert guess.items / guess.seconds == pytest.approx(rates[rate])
+    assert estimate(stages["5_merge"], list(stages.values())).seconds is None  # not known, and not made up
+
+
 def test_the_plan_is_shown_with_reasons_sizes_and_sums(recipe):
     run_all(only="1_general_score")
     stages = read_stages("recipe")

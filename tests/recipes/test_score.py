@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from trl import TrlParser
 
-from recipes import targets
+from recipes import retrieval, targets
 from recipes.data import read_corpus
 from recipes.score import ScoreArguments, draw, first_stage, main, score_target
 from recipes.shards import read_rows
@@ -244,6 +244,21 @@ def test_several_teachers_are_averaged_on_one_scale(made, tmp_path, server):  # 
         assert row["labels"] == pytest.approx(expected, abs=2e-2)
         compared += 1
     assert compared >= 10
+
+
+def test_a_teacher_that_is_the_retriever_is_loaded_once_and_encodes_a_query_once(made, tmp_path, monkeypatch):
+    encode, asked = retrieval.encode, []
+
+    def noted(encoder, texts, batch_size, queries=False):
+        if queries:
+            asked.append((encoder, texts))
+        return encode(encoder, texts, batch_size, queries)
+
+    monkeypatch.setattr(retrieval, "encode", noted)
+    rows = scored(arguments(made, tmp_path / "x.parquet"))
+    texts = [query for _, queries in asked for query in queries]
+    assert {row["query"] for row in rows} <= set(texts) and len(texts) == len(SUBJECTS) + 1 + 4
+    assert len({id(encoder) for encoder, _ in asked}) == 1 and len(asked) == 3  # shards of 8
 
 
 def test_hard_labels_and_the_hardest_candidates_for_comparison(made, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.shards import batched, read_rows, run_shards, shard_name, write_items
+from recipes.shards import batched, own_gpu, read_rows, run_shards, shard_name, write_items
 
 NUMBERS = pa.schema({"number": pa.int64()})
 SQUARES = pa.schema({"number": pa.int64(), "square": pa.int64()})
@@ -51,6 +51,33 @@ class DiesOnce(Square):
 class Fails(Square):
     def __call__(self, rows):
         raise RuntimeError(f"number {rows[0]['number']} is refused")
+
+
+class FailsLate(Square):
+    def __call__(self, rows):
+        if rows[0]["number"] == 203:
+            raise RuntimeError("number 203 is refused")
+        return super().__call__(rows)
+
+
+class FailsBesideAnother(Square):
+    """Refuses the shard of number 8 once another process has begun that of 12, which takes longer."""
+
+    def __call__(self, rows):
+        found, number = super().__call__(rows), rows[0]["number"]
+        if number == 8:
+            while not (self.seen / "12").exists():
+                time.sleep(0.01)
+            raise RuntimeError("number 8 is refused")
+        if number == 12:
+            time.sleep(1)
+        return found
+
+
+class TellsItsGpu(Square):
+    def __init__(self, seen: Path):
+        super().__init__()
+        (seen / os.environ.get("CUDA_VISIBLE_DEVICES", "none")).touch()
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +195,63 @@ def test_a_killed_run_goes_on_after_what_it_finished(items, tmp_path):
     assert sorted(int(mark.name) for mark in (tmp_path / "seen").iterdir()) == [8, 12, 16, 20]
     run_shards(Square, items, tmp_path / "unbroken", SQUARES, {})
     assert files_of(out) == files_of(tmp_path / "unbroken")
+
+
+def numbers_in(folder):
+    return sorted(int(mark.name) for mark in folder.iterdir())
+
+
+def test_a_failure_begins_no_more_shards_and_loses_none_that_is_finished(items, tmp_path):
+    out, seen, again = tmp_path / "out", tmp_path / "seen", tmp_path / "again"
+    seen.mkdir()
+    again.mkdir()
+    with pytest.raises(RuntimeError, match="number 8 is refused"):
+        run_shards(partial(FailsBesideAnother, seen), items, out, SQUARES, {}, workers=2)
+    assert numbers_in(seen) == [0, 4, 8, 12]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert not manifest["complete"] and [entry["shard"] for entry in manifest["shards"]] == [0, 1, 3]
+    run_shards(partial(Square, again), items, out, SQUARES, {}, workers=2)
+    assert numbers_in(again) == [8, 16, 20] and list(read_rows(out)) == EXPECTED
+
+
+def test_what_the_manifest_does_not_tell_yet_is_not_lost_by_a_failure(tmp_path):
+    """From the 200th shard on it is written after every second one."""
+    items, out = tmp_path / "items.parquet", tmp_path / "out"
+    write_items(({"number": n} for n in range(206)), items, NUMBERS, 1)
+    with pytest.raises(RuntimeError, match="number 203 is refused"):
+        run_shards(FailsLate, items, out, SQUARES, {})
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert not manifest["complete"] and [entry["shard"] for entry in manifest["shards"]] == list(range(203))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "own"),
+    [
+        (0, None, [None, None, None]),
+        (0, "", [None, None, None]),
+        (1, None, ["0", "0", "0"]),
+        (2, None, ["0", "1", "0"]),
+        (2, "3,1", ["3", "1", "3"]),
+        (2, "GPU-8a, GPU-07", ["GPU-8a", "GPU-07", "GPU-8a"]),
+        (1, "2,-1,0", ["2", "2", "2"]),  # CUDA reads a list up to the first name of no device
+    ],
+)
+def test_workers_are_dealt_the_gpus_that_are_visible_in_turn(gpus, visible, own):
+    assert [own_gpu(worker, gpus, visible) for worker in range(3)] == own
+
+
+def test_each_process_is_shown_its_own_gpu(items, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for visible, names in ((None, ["0", "1"]), ("7,5", ["5", "7"])):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        seen = tmp_path / f"seen-{visible}"
+        seen.mkdir()
+        run_shards(partial(TellsItsGpu, seen), items, tmp_path / f"out-{visible}", SQUARES, {}, workers=2)
+        assert sorted(mark.name for mark in seen.iterdir()) == names
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 def test_no_items_are_complete_at_once_and_mistakes_are_told(items, tmp_path):

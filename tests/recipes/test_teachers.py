@@ -96,7 +96,7 @@ def test_a_bi_encoder_scores_with_the_vectors_of_its_index(passages, tmp_path):
     model = tiny_retriever(tmp_path / "model")
     index = build_index(TEXTS, str(model), tmp_path / "index")
     (teacher,) = read_teachers([{"model": str(model)}])
-    found = load_teacher(teacher, index.folder, 8)(QUERIES, ROWS, passages)
+    found = load_teacher(teacher, index, 8)(QUERIES, ROWS, passages)
     encoder = SentenceTransformer(str(model))
     expected = encoder.encode_query(QUERIES) @ encoder.encode_document(TEXTS).T
     for query, rows in enumerate(ROWS):

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, pipeline
 from trl import RewardConfig
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
-from recipes.train import GroupCollator, ScriptArguments, kl_loss, last_whole_checkpoint, main, margin_loss
+from recipes.train import GroupCollator, ScriptArguments, is_finished, kl_loss, last_whole_checkpoint, main, margin_loss
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +147,37 @@ def test_a_run_of_other_settings_is_not_taken_up(made, tmp_path):
     with pytest.raises(FileExistsError, match=r"\(train_data changed\)"):
         run(data, out)
     assert (out / "model.safetensors").read_bytes() == before
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (out / "model.safetensors").rename(out / "model-00001-of-00001.safetensors")  # as large ones stand
+    with pytest.raises(FileExistsError, match=r"other settings \(loss changed\)"):
+        run(made, out, loss="margin")
+
+
+def test_finished_is_a_training_with_its_last_state_and_its_weights(tmp_path):
+    state = tmp_path / "trainer_state.json"
+    assert not is_finished(tmp_path)
+    state.write_text('{"global_step": 4, "max_steps": 4}')
+    assert not is_finished(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert is_finished(tmp_path)
+    for text in ('{"global_step": 3, "max_steps": 4}', '{"global_step": 4, "max_'):
+        state.write_text(text)
+        assert not is_finished(tmp_path)
+
+
+def test_a_finished_training_is_not_done_again(made, tmp_path, capsys):
+    out = run(made, tmp_path / "model", max_steps=4, save_steps=2)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    run(made, out, max_steps=4, save_steps=2)
+    assert f"{out} is there already" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+    (out / "model.safetensors").unlink()
+    run(made, out, max_steps=4, save_steps=2)
+    assert is_finished(out)
 
 
 def test_frozen_parameters_stay_and_others_move(made, tmp_path):
