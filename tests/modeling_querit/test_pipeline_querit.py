@@ -157,7 +157,7 @@ def test_max_length_cuts_and_says_so(kind):
     ranker, long = ranker_of(kind), " ".join(CORPUS)
     widths = []
     hook = ranker.model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: widths.append(int(kwargs["attention_mask"].sum(1).max())), with_kwargs=True
     )
     for options, limit in (({}, MAX_LENGTH), ({"max_length": 96}, 96)):
         results = {result["index"]: result for result in ranker(QUERY, [long, "oil"], **options)}
