@@ -304,10 +304,15 @@ def test_ctrl_c_ends_busy_workers(probe):
             Path(signs.format("go")).touch()  # fail, rather than wait for ever
 
     ended = threading.Event()
-    threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        probe.score_pairs([pair(9, WAIT), pair(8)])
-    ended.set()
+    # A library that ran in this process before may have put its own handler in the place of Python's.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            probe.score_pairs([pair(9, WAIT), pair(8)])
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, handler)
     assert gone(before)
 
 
