@@ -1,7 +1,7 @@
 """An index over passages: the nearest ones of each query, by a sentence-transformers model or by BM25.
 
 `build_index` writes a folder, `load_index` opens it again, in another process too. Vectors are searched exactly, a
-block of the file at a time, so that memory does not grow with the corpus. That is torch's topk, on a GPU where there is
+block of the file at a time: they never stand in memory together. That is torch's topk, on a GPU where there is
 one: faiss-cpu's flat search took 3 to 4 times as long, and may crash beside torch on macOS (faiss-wheels issue 73);
 sentence-transformers' `semantic_search` takes all vectors at once. BM25's postings are built in memory, some 30 bytes
 for every different word piece of a passage (bm25s builds an index of all passages in one go), and mapped from their
