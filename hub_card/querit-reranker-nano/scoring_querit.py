@@ -183,9 +183,9 @@ class _Engine:
         """Whole pairs, longest first: neighbours are of a length, and memory fails at the start if it does."""
         rows = sorted(rows, key=lambda row: -self.pairs[row].num_tokens)
         while rows:
-            size = max(1, self.budget // padded_length(self.pairs[rows[0]].num_tokens))
-            batch = rows[:size]
-            values = self.attempt(len(batch) * padded_length(self.pairs[batch[0]].num_tokens), self.forward, batch)
+            width = padded_length(self.pairs[rows[0]].num_tokens)
+            batch = rows[: max(1, self.budget // width)]
+            values = self.attempt(len(batch) * width, self.forward, batch)
             if values is not None:
                 rows = rows[len(batch) :]
                 yield batch, values
