@@ -9,6 +9,8 @@ import torch
 from transformers import Pipeline
 
 from .attention_querit import use_fast_cpu_kernels
+from .experts_querit import pack_experts
+from .linear_querit import pack_linear_layers
 from .modeling_querit import QueritForSequenceClassification
 from .prompting_querit import EncodedPair, PromptEncoder, document_text
 from .scoring_querit import NonFiniteScoreError, fastest_cpu_dtype, score_pairs
@@ -75,6 +77,9 @@ class TextRankingPipeline(Pipeline):
             self.model.float()  # never down: that would round the buffers that stay in float32, like RoPE's
         if on_cpu:
             use_fast_cpu_kernels(self.model)
+        if on_cpu and not several:  # several processes hold the weights once, as they are
+            pack_linear_layers(self.model)
+            pack_experts(self.model)
         self._encoders: dict[int, PromptEncoder] = {}
         self.workers = Workers(self.model, several) if several else None
 

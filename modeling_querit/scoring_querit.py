@@ -1,28 +1,27 @@
 """Encoded pairs -> scores in the caller's order: batches by token budget, shared prefixes, back-off of memory."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .layouts_querit import can_share_prefix, layout_of
+from .linear_querit import pack_linear_layers
 from .prompting_querit import EncodedPair
 
 logger = logging.get_logger(__name__)
 
-# Padded tokens of a forward pass. On a CPU the batch whose activations stay in its cache is fastest, so where a token
-# makes more of them (the width inside a feed-forward layer, or inside one expert), fewer tokens go together. On two
-# cores, in bfloat16 and on mixed lengths, slices score as many pairs per second at 512 and at 1,024 tokens: of the 4B
-# (9,728 wide) 8.6 and 6.9, of the 0.6B (3,072) 19.7 and 15.1, of the A0.4B (512) 12.1 and 13.1; Nano (1,536) 86 and 85.
-BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_WIDE, BATCH_TOKENS_GPU = 1024, 512, 16384
+# Tokens of a forward pass. On a CPU the batch whose activations stay in its cache is fastest, so where a token makes
+# more of them (the width inside a feed-forward layer), fewer tokens go together; and each of many experts should get
+# enough. On two cores, in bfloat16: the 0.6B and the 4B (3,072 and 9,728 wide) are up to 20% and 3 to 8% faster at 256
+# tokens than at 512, Nano (1,536) 5% at 1,024 than at 512, and the A0.4B up to 9% at 2,048 than at 1,024.
+BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_WIDE, BATCH_TOKENS_CPU_EXPERTS, BATCH_TOKENS_GPU = 1024, 256, 2048, 16384
 WIDE = 2048
 # Computing the prompt once is worth its bookkeeping from this share of the tokens on.
 LEAST_SHARED = 0.1
@@ -43,21 +42,6 @@ class NonFiniteScoreError(ValueError):
         return type(self), (self.index, self.value, self.dtype)
 
 
-class SharedPrefixLayer(DynamicLayer):
-    """Keys and values of the queries' prompts for the rows of one batch; never stored per row, never grown."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, width: int):
-        super().__init__()
-        # Prompts are padded on the left: the last `width` columns hold all of the rows' prompts.
-        self.keys, self.values = keys[:, :, keys.shape[2] - width :], values[:, :, values.shape[2] - width :]
-        self.rows = rows
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        keys, values = (past[self.rows] for past in (self.keys, self.values) if past is not None)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-
 def score_pairs(
     model: PreTrainedModel,
     pairs: Sequence[EncodedPair],
@@ -71,8 +55,8 @@ def score_pairs(
     Args:
         model: a `QueritForSequenceClassification`.
         pad_token_id: any id of the vocabulary does; 0 if None.
-        batch_tokens: most padded tokens of a forward pass; if None 1,024 on CPUs (512 for wide models), 16,384
-            elsewhere. Halved when memory runs out.
+        batch_tokens: most tokens of a forward pass, padding among them; if None 1,024 on CPUs (256 for wide models,
+            2,048 for mixtures of experts), 16,384 elsewhere. Halved when memory runs out.
         shared_prefix: compute the prompt of a query once for all its documents (causal backbones with full attention).
             None uses it where it saves a tenth of the tokens or more.
         progress: show a bar on a terminal, after three seconds.
@@ -113,20 +97,10 @@ def default_batch_tokens(model: PreTrainedModel) -> int:
     if model.device.type != "cpu":
         return BATCH_TOKENS_GPU
     config = model.config
-    width = getattr(config, "moe_intermediate_size", None) or getattr(
-        config, "intermediate_size", 4 * config.hidden_size
-    )
+    if getattr(config, "moe_intermediate_size", None):
+        return BATCH_TOKENS_CPU_EXPERTS
+    width = getattr(config, "intermediate_size", 4 * config.hidden_size)
     return BATCH_TOKENS_CPU_WIDE if width > WIDE else BATCH_TOKENS_CPU
-
-
-def padded_length(tokens: int) -> int:
-    """The next of 16 lengths per octave, 3% longer on average.
-
-    Each shape that was ever computed stays in memory, on a CPU as code compiled for it, on a GPU as blocks of the
-    allocator: with a length for every number of tokens, memory would grow with the number of documents.
-    """
-    step = 1 << max(0, tokens.bit_length() - 5)
-    return -(-tokens // step) * step
 
 
 def unique_pairs(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[int]]:
@@ -146,14 +120,6 @@ def in_places(logits: torch.Tensor, places: list[int], dtype: torch.dtype) -> to
         index = int((~torch.isfinite(logits)).nonzero()[0])
         raise NonFiniteScoreError(index, logits[index].item(), dtype)
     return logits
-
-
-def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether prefixes can be computed by themselves: they never look at the document, nor the read-out at them."""
-    layers = getattr(model.config, "layer_types", None) or []
-    slides = not layers and getattr(model.config, "sliding_window", None)
-    full = not slides and all(kind == "full_attention" for kind in layers)
-    return bool(model.is_causal) and model.pooling == "last" and full
 
 
 def split_by_prefix(pairs: Sequence[EncodedPair], force: bool | None) -> tuple[list[list[int]], list[int]]:
@@ -176,16 +142,15 @@ class _Engine:
     """Runs batches and keeps the token budget that memory allows."""
 
     def __init__(self, model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, batch_tokens: int):
-        self.model, self.pairs, self.pad_token_id, self.budget = model, pairs, pad_token_id, batch_tokens
-        self.device = model.device
+        self.pairs, self.budget, self.device = pairs, batch_tokens, model.device
+        self.layout = layout_of(model, pad_token_id)
 
     def plain(self, rows: list[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Whole pairs, longest first: neighbours are of a length, and memory fails at the start if it does."""
         rows = sorted(rows, key=lambda row: -self.pairs[row].num_tokens)
         while rows:
-            width = padded_length(self.pairs[rows[0]].num_tokens)
-            batch = rows[: max(1, self.budget // width)]
-            values = self.attempt(len(batch) * width, self.forward, batch)
+            batch, tokens = self.batch(rows, lambda pair: pair.num_tokens)
+            values = self.attempt(tokens, self.layout.whole, batch, [self.pairs[row] for row in batch])
             if values is not None:
                 rows = rows[len(batch) :]
                 yield batch, values
@@ -194,37 +159,47 @@ class _Engine:
         """Prompts of several queries at a time, then their documents, which attend to the prompts' keys and values."""
         groups = sorted(groups, key=lambda rows: -len(self.pairs[rows[0]].prefix))
         while groups:
-            width = padded_length(len(self.pairs[groups[0][0]].prefix))
-            chunk = groups[: max(1, self.budget // width)]
-            cache = self.attempt(len(chunk) * width, self.forward_prefixes, [rows[0] for rows in chunk])
+            firsts, tokens = self.batch([rows[0] for rows in groups], lambda pair: len(pair.prefix))
+            cache = self.attempt(tokens, self.layout.prefixes, firsts, [self.pairs[row].prefix for row in firsts])
             if cache is None:
                 continue
-            groups = groups[len(chunk) :]
+            chunk, groups = groups[: len(firsts)], groups[len(firsts) :]
             group_of = {row: group for group, rows in enumerate(chunk) for row in rows}
             rows = sorted(group_of, key=lambda row: -self.pairs[row].num_tokens)
             while rows:
-                batch: list[int] = []
-                document = prefix = tokens = 0
-                for row in rows:
-                    pair = self.pairs[row]
-                    document = max(document, padded_length(len(pair.document) + len(pair.suffix)))
-                    prefix = max(prefix, padded_length(len(pair.prefix)))
-                    if batch and (prefix + document) * (len(batch) + 1) > self.budget:
-                        break
-                    batch.append(row)
-                    tokens = (prefix + document) * len(batch)
-                values = self.attempt(tokens, self.forward_documents, batch, cache, [group_of[row] for row in batch])
+                batch, tokens = self.batch(
+                    rows, lambda pair: len(pair.document) + len(pair.suffix), lambda pair: len(pair.prefix)
+                )
+                pairs, places = [self.pairs[row] for row in batch], [group_of[row] for row in batch]
+                values = self.attempt(tokens, self.layout.documents, batch, pairs, cache, places)
                 if values is not None:
                     rows = rows[len(batch) :]
                     yield batch, values
 
-    def attempt(self, tokens: int, forward, batch: list[int], *args):
-        """The result of a forward pass of so many padded tokens, or None if memory ran out.
+    def batch(
+        self, rows: list[int], length: Callable[[EncodedPair], int], past: Callable[[EncodedPair], int] = lambda pair: 0
+    ) -> tuple[list[int], int]:
+        """As many of the first rows as the budget allows, one at least, and the tokens that they count."""
+        batch: list[int] = []
+        longest = longest_past = total = tokens = 0
+        for row in rows:
+            pair = self.pairs[row]
+            longest, longest_past = max(longest, length(pair)), max(longest_past, past(pair))
+            total += length(pair)
+            more = self.layout.tokens(len(batch) + 1, longest, longest_past, total)
+            if batch and more > self.budget:
+                break
+            batch.append(row)
+            tokens = more
+        return batch, tokens
+
+    def attempt(self, tokens: int, forward: Callable, batch: list[int], *args):
+        """The result of a forward pass of so many tokens for the rows of `batch`, or None if memory ran out.
 
         The budget is half of them then, and the caller tries again.
         """
         try:
-            return forward(batch, *args)
+            return forward(*args)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -240,48 +215,6 @@ class _Engine:
             torch.cuda.empty_cache()
         return None
 
-    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        input_ids = pad_sequence(tensors, True, self.pad_token_id, side)
-        mask = pad_sequence([torch.ones_like(row) for row in tensors], True, 0, side)
-        more = padded_length(input_ids.shape[1]) - input_ids.shape[1]
-        ends = (0, more) if side == "right" else (more, 0)
-        input_ids, mask = pad(input_ids, ends, value=self.pad_token_id), pad(mask, ends)
-        return input_ids.to(self.device), mask.to(self.device)
-
-    def forward(self, batch: list[int]) -> torch.Tensor:
-        input_ids, mask = self.pad([self.pairs[row].input_ids for row in batch])
-        output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        return output.logits.squeeze(-1).cpu()
-
-    def forward_prefixes(self, firsts: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer."""
-        input_ids, mask = self.pad([self.pairs[row].prefix for row in firsts], "left")
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        self.model.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
-
-    def forward_documents(
-        self, batch: list[int], cache: list[tuple[torch.Tensor, torch.Tensor]], groups: list[int]
-    ) -> torch.Tensor:
-        pairs = [self.pairs[row] for row in batch]
-        input_ids, mask = self.pad([[*pair.document, *pair.suffix] for pair in pairs])
-        _, prefix_mask = self.pad([pair.prefix for pair in pairs], "left")
-        layers: list[Any] = []
-        for keys, values in cache:
-            rows = torch.tensor(groups, device=keys.device)
-            layers.append(SharedPrefixLayer(keys, values, rows, width=prefix_mask.shape[1]))
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=torch.cat([prefix_mask, mask], dim=1),
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-        )
-        return output.logits.squeeze(-1).cpu()
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
@@ -294,13 +227,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def fastest_cpu_dtype() -> torch.dtype:
     """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (some 20 ms), else float32."""
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        best = float("inf")
-        for _ in range(4):  # the first one warms up
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+    best = {}
+    layers = {dtype: nn.Linear(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    for layer in layers.values():
+        pack_linear_layers(layer)
+    with torch.inference_mode():
+        for _ in range(8):  # in turns, so that whatever else runs here slows both; the first one warms up
+            for dtype, layer in layers.items():
+                rows = torch.ones(256, 1024, dtype=dtype)
+                start = time.perf_counter()
+                layer(rows)
+                best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - start)
+    return torch.bfloat16 if best[torch.bfloat16] < 0.8 * best[torch.float32] else torch.float32

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .attention_querit import bfloat16_cpu_attention  # noqa: F401 - registered here, or a worker would not know it
+from .layouts_querit import can_share_prefix
 from .prompting_querit import EncodedPair
-from .scoring_querit import NonFiniteScoreError, can_share_prefix, in_places, score_pairs, split_by_prefix, unique_pairs
+from .scoring_querit import NonFiniteScoreError, in_places, score_pairs, split_by_prefix, unique_pairs
 
 # Most tokens handed to a worker at once: enough to fill several batches, few enough that all end at about one time.
 PIECE_TOKENS_CPU, PIECE_TOKENS_GPU = 2**14, 2**17

@@ -6,6 +6,9 @@ keys (grouped-query attention) are rows of one product: keys are never repeated.
 to the end of the block are read.
 """
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -17,6 +20,31 @@ from transformers.masking_utils import sdpa_mask
 BLOCK = 64
 # Keys are padded to a multiple of this: the softmax of a row of 186 takes twice as long as that of a row of 192.
 KEYS_MULTIPLE = 32
+# Queries of sequences laid end to end are padded to a multiple of this, so that the shapes of blocks are few.
+QUERIES_MULTIPLE = 16
+
+
+@dataclass
+class Prefix:
+    """What a sequence continues: so many tokens, and each layer's keys and values `(key_heads, length, size)`."""
+
+    length: int = 0
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Spans:
+    """Sequences laid end to end in one row; each attends to its prefix and causally to itself.
+
+    prefixes: of each sequence. computed: where the sequences' own keys and values are kept, to be prefixes of others.
+    """
+
+    prefixes: list[Prefix]
+    computed: list[Prefix] | None = None
+    starts: list[int] = field(default_factory=lambda: [0])  # and the last one's end
+
+    def add(self, tokens: int) -> None:
+        self.starts.append(self.starts[-1] + tokens)
 
 
 def bfloat16_cpu_attention(
@@ -32,8 +60,13 @@ def bfloat16_cpu_attention(
 
     query `(batch, heads, queries, size)`, key and value `(batch, key_heads, keys, size)`, attention_mask bool
     `(batch, 1, queries, keys)`, True = attends, or None: all, or the causal ones. Returns
-    `(batch, queries, heads, size)`. Anywhere else, and with dropout or a position bias, it is PyTorch's own.
+    `(batch, queries, heads, size)`. Anywhere else, and with dropout or a position bias, it is PyTorch's own. With
+    `spans` among kwargs, the one row is the sequences that they tell, and no mask counts.
     """
+    if kwargs.get("spans") is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer: Any = module.layer_idx
+        return end_to_end_attention(layer, query[0] * scaling, key[0], value[0], kwargs["spans"])[None], None
     other = kwargs.get("dropout") or kwargs.get("position_bias") is not None
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or other:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -69,6 +102,43 @@ def bfloat16_cpu_attention(
         found = torch.bmm(weights, value[:, :seen]).view(batch, heads, -1, value.shape[-1])
         output[:, rows] = found.transpose(1, 2)
     return output, None
+
+
+def end_to_end_attention(
+    layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans
+) -> torch.Tensor:
+    """query `(heads, tokens, size)`, scaled; key and value `(key_heads, tokens, size)` -> `(tokens, heads, size)`."""
+    heads, tokens, size = query.shape
+    key_heads = key.shape[0]
+    output = value.new_zeros(tokens, heads, value.shape[-1])
+    # What follows a sequence in the row stands in for the padding of its queries: their results go nowhere.
+    query = nn.functional.pad(query, (0, 0, 0, QUERIES_MULTIPLE)).view(key_heads, heads // key_heads, -1, size)
+    nothing = [x.new_zeros(key_heads, QUERIES_MULTIPLE + KEYS_MULTIPLE, x.shape[-1]) for x in (key, value)]
+    future = query.new_full((BLOCK, BLOCK + KEYS_MULTIPLE), torch.finfo(query.dtype).min).triu(1)
+    for number, prefix in enumerate(spans.prefixes):
+        start, stop = spans.starts[number : number + 2]
+        past, length = prefix.length, stop - start + -(stop - start) % QUERIES_MULTIPLE
+        own = key[:, start:stop], value[:, start:stop]
+        if spans.computed is not None:
+            spans.computed[number].layers[layer] = own
+        # Keys are padded in earnest: a number that is not finite would get through a mask.
+        padding = length - (stop - start) + -(past + length) % KEYS_MULTIPLE
+        parts = [own, tuple(x[:, :padding] for x in nothing)]
+        if past:
+            parts.insert(0, prefix.layers[layer])
+        keys, values = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+        keys = keys.transpose(1, 2)
+        for first in range(0, length, BLOCK):
+            rows = min(BLOCK, length - first)
+            seen = past + first + rows + -(past + first + rows) % KEYS_MULTIPLE
+            block = query[:, :, start + first : start + first + rows].reshape(key_heads, -1, size)
+            scores = torch.bmm(block, keys[:, :, :seen])
+            latest = scores.view(key_heads, -1, rows, seen)[..., past + first :]
+            latest += future[:rows, : latest.shape[-1]]
+            found = torch.bmm(scores.softmax(-1), values[:, :seen]).view(heads, rows, -1)
+            real = min(rows, stop - start - first)
+            output[start + first : start + first + real] = found[:, :real].transpose(0, 1)
+    return output
 
 
 def use_fast_cpu_kernels(model: PreTrainedModel) -> None:

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 POOLINGS = ("last", "cls", "mean")
 # What is published beside the weights. The import in `remote_code_config` makes transformers fetch them all together.
 REMOTE_CODE = (
-    "modeling_querit.py", "attention_querit.py", "prompting_querit.py", "scoring_querit.py", "workers_querit.py",
-    "pipeline_querit.py",
+    "modeling_querit.py", "attention_querit.py", "experts_querit.py", "layouts_querit.py", "linear_querit.py",
+    "prompting_querit.py", "scoring_querit.py", "workers_querit.py", "pipeline_querit.py",
 )  # fmt: skip
 
 

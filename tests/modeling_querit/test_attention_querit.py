@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import pipeline
 
-from modeling_querit.attention_querit import BLOCK, bfloat16_cpu_attention
+from modeling_querit.attention_querit import BLOCK, Prefix, Spans, bfloat16_cpu_attention
 from modeling_querit.scoring_querit import TOLERANCE
 from tests.models_for_tests import KINDS, save_folder, tiny_model
 
@@ -64,6 +64,55 @@ def test_without_a_mask_all_or_the_causal_ones_attend(causal, queries):
     output, _ = bfloat16_cpu_attention(module, query, key, value, None)
     expected = formula(query, key, value, mask.tril() if causal else mask, 16**-0.5)
     assert (output - expected).abs().max() < ROUNDING
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(1, 2 * BLOCK + 5), min_size=1, max_size=5), past=st.sampled_from([0, 1, 31, 32, 50]),
+    rest=st.integers(0, 40), key_heads=st.integers(1, 2), group=st.integers(1, 3), broken=st.booleans(),
+)  # fmt: skip
+def test_sequences_end_to_end_see_their_prefix_and_themselves(lengths, past, rest, key_heads, group, broken):
+    """Two layers: the prefix of the second is another one. A sequence that is not finite leaves the others alone."""
+    torch.manual_seed(0)
+    tokens, sizes = sum(lengths) + rest, (16, 12)
+    for layer in (0, 1):
+        query = torch.randn(1, tokens, key_heads * group, sizes[0]).bfloat16().transpose(1, 2)
+        key, value = (torch.randn(1, tokens, key_heads, size).bfloat16().transpose(1, 2) for size in sizes)
+        before = [torch.randn(key_heads, past, size).bfloat16() for size in sizes]
+        prefix = Prefix(past, {layer: tuple(before), 1 - layer: (before[0] * 0, before[1] * 0)} if past else {})
+        spans = Spans([prefix if number % 2 else Prefix() for number, _ in enumerate(lengths)])
+        for length in lengths:
+            spans.add(length)
+        if broken:
+            key[:, :, spans.starts[-2] :] = value[:, :, spans.starts[-2] :] = math.nan
+        module = SimpleNamespace(layer_idx=layer)
+        output, _ = bfloat16_cpu_attention(module, query, key, value, None, scaling=0.3, spans=spans)
+        assert output.shape == (1, tokens, key_heads * group, sizes[1])
+        for number, (start, length) in enumerate(zip(spans.starts, lengths, strict=False)):
+            found, part = output[:, start : start + length], slice(start, start + length)
+            if broken and number == len(lengths) - 1:
+                assert found.isnan().all()
+                continue
+            seen = [before[0], key[0, :, part]], [before[1], value[0, :, part]]
+            keys, values = (torch.cat(each if number % 2 else each[1:], 1)[None] for each in seen)
+            mask = torch.ones(1, 1, length, keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - length)
+            difference = (found - formula(query[:, :, part], keys, values, mask, 0.3)).abs()
+            assert difference.max() < ROUNDING
+            assert difference.mean() < MEAN_ROUNDING
+        assert (output[:, sum(lengths) :] == 0).all()  # what is padding stays finite
+
+
+def test_the_keys_of_prefixes_are_kept():
+    key, value = (torch.randn(1, 2, 12, size).bfloat16() for size in (16, 8))
+    computed = [Prefix(5), Prefix(3)]
+    spans = Spans([Prefix(), Prefix()], computed)
+    spans.add(5)
+    spans.add(3)
+    bfloat16_cpu_attention(SimpleNamespace(layer_idx=4), torch.randn_like(key), key, value, None, spans=spans)
+    for prefix, part in zip(computed, (slice(0, 5), slice(5, 8)), strict=True):
+        kept_key, kept_value = prefix.layers[4]
+        assert torch.equal(kept_key, key[0, :, part])
+        assert torch.equal(kept_value, value[0, :, part])
 
 
 def test_in_float32_it_is_pytorchs_own():

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from modeling_querit import scoring_querit
 from modeling_querit.attention_querit import use_fast_cpu_kernels
+from modeling_querit.layouts_querit import EndToEnd, Padded, can_share_prefix, layout_of, padded_length
+from modeling_querit.linear_querit import PackedLinear
 from modeling_querit.prompting_querit import EncodedPair, PromptEncoder
 from modeling_querit.scoring_querit import (
     TOLERANCE,
     NonFiniteScoreError,
-    can_share_prefix,
     default_batch_tokens,
     fastest_cpu_dtype,
-    padded_length,
     score_pairs,
     split_by_prefix,
 )
@@ -198,12 +198,12 @@ def test_many_lengths_are_computed_in_few_shapes(shared_prefix):
     ("sizes", "expected"),
     [
         ({"hidden_size": 384, "intermediate_size": 1536}, 1024),
-        ({"hidden_size": 2560, "intermediate_size": 9728}, 512),
-        ({"hidden_size": 1024, "intermediate_size": 5376, "moe_intermediate_size": 512}, 1024),
-        ({"hidden_size": 1024}, 512),
+        ({"hidden_size": 2560, "intermediate_size": 9728}, 256),
+        ({"hidden_size": 1024, "intermediate_size": 5376, "moe_intermediate_size": 512}, 2048),
+        ({"hidden_size": 1024}, 256),
     ],
 )
-def test_a_batch_on_a_cpu_is_small_where_a_token_makes_much(sizes, expected):
+def test_a_batch_on_a_cpu_is_small_where_a_token_makes_much_and_large_for_experts(sizes, expected):
     model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(**sizes))
     assert default_batch_tokens(model) == expected
     model.device = torch.device("cuda")
@@ -280,6 +280,89 @@ def test_equal_pairs_score_equal_to_the_last_bit():
 def test_batch_tokens_must_be_positive():
     with pytest.raises(ValueError, match="batch_tokens must be at least 1, not 0"):
         score_pairs(model_of("qwen3"), pairs_of("qwen3"), batch_tokens=0)
+
+
+# ---------------------------------------------------------------- sequences end to end, where a CPU is fast
+
+
+class SpyEndToEnd(Spy):
+    """Sees the tokens of each pass, all in one row."""
+
+    def see(self, module, args, kwargs):
+        rows, tokens = kwargs["input_ids"].shape
+        assert rows == 1
+        if self.limit is not None and tokens > self.limit:
+            self.failed.append(tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.passes.append(tokens)
+
+
+def test_causal_models_in_bfloat16_on_a_cpu_take_sequences_end_to_end():
+    kinds = [kind for kind in KINDS if isinstance(layout_of(fast_model_of(kind), 0), EndToEnd)]
+    assert kinds == CAUSAL_KINDS
+    # In float32, with another attention, another read-out or another backbone: rows.
+    assert isinstance(layout_of(model_of("qwen3"), 0), Padded)
+    assert isinstance(layout_of(model_of("qwen3", torch.bfloat16), 0), Padded)
+    mean = tiny_model("qwen3", classifier_pooling="mean").bfloat16()
+    use_fast_cpu_kernels(mean)
+    assert isinstance(layout_of(mean, 0), Padded)
+    for change in ({"model_type": "other"}, {"layer_types": ["full_attention", "sliding_attention"]}):
+        other = copy.deepcopy(fast_model_of("qwen3"))
+        other.config.update(change)
+        assert isinstance(layout_of(other, 0), Padded)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.lists(lengths, min_size=1, max_size=14), st.integers(1, 300), st.sampled_from([None, False, True]))
+def test_end_to_end_every_token_is_computed_once_and_few_are_padding(sizes, budget, shared_prefix):
+    model, pairs = fast_model_of("qwen3"), [pair(*size) for size in sizes]
+    with SpyEndToEnd(model) as spy:
+        logits = score_pairs(model, pairs, 0, budget, shared_prefix)
+    with torch.no_grad():
+        expected = [model(torch.tensor([p.input_ids])).logits.item() for p in pairs]
+    assert logits.tolist() == pytest.approx(expected, abs=TOLERANCE[torch.bfloat16])
+    pairs = list(dict.fromkeys(pairs))
+    together, others = split_by_prefix(pairs, shared_prefix) if shared_prefix is not False else ([], range(len(pairs)))
+    parts = [pairs[row].num_tokens for row in others]
+    for rows in together:
+        parts += [len(pairs[rows[0]].prefix), *(pairs[row].num_tokens - len(pairs[row].prefix) for row in rows)]
+    assert sum(parts) <= sum(spy.passes) <= sum(parts) * 17 / 16
+    assert all(tokens <= max(padded_length(budget), padded_length(max(parts))) for tokens in spy.passes)
+
+
+def test_end_to_end_batches_are_filled_whatever_the_prefix():
+    pairs = [pair(20, size) for size in (59, 49, 39, 29, 9)]
+    with SpyEndToEnd(fast_model_of("qwen3")) as spy:
+        score_pairs(fast_model_of("qwen3"), pairs, batch_tokens=110, shared_prefix=True)
+    assert spy.passes == [20, padded_length(110), padded_length(80)]
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_end_to_end_memory_running_out_halves_the_budget(shared_prefix):
+    model = fast_model_of("qwen3")
+    pairs = [pair(20, document, seed) for seed in range(4) for document in range(3, 60, 7)]
+    expected = score_pairs(model, pairs)
+    with SpyEndToEnd(model, 200) as spy:
+        logits = score_pairs(model, pairs, batch_tokens=1000, shared_prefix=shared_prefix)
+    assert (logits - expected).abs().max() <= TOLERANCE[torch.bfloat16]
+    assert len(spy.failed) in (2, 3)
+    assert 100 < max(spy.passes) <= 200
+    with SpyEndToEnd(model, 30), pytest.raises(MemoryError, match="single pair of 80 tokens"):
+        score_pairs(model, pairs, shared_prefix=shared_prefix)
+
+
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_end_to_end_a_score_that_is_not_finite_is_that_of_its_pair_alone(kind, shared_prefix):
+    model = copy.deepcopy(fast_model_of(kind))
+    pairs = [pair(10, size) for size in (30, 12, 5, 40)]
+    hurt = pairs[2]._replace(document=(950, *pairs[2].document[1:]))  # stands behind and before others in its row
+    expected = score_pairs(model, pairs, shared_prefix=shared_prefix)
+    model.get_input_embeddings().weight.data[950] = float("nan")
+    unharmed = score_pairs(model, pairs, shared_prefix=shared_prefix)
+    assert torch.equal(unharmed, expected)
+    with pytest.raises(NonFiniteScoreError, match=r"Pair 2 scored nan in torch.bfloat16"):
+        score_pairs(model, [*pairs[:2], hurt, pairs[3]], shared_prefix=shared_prefix)
 
 
 # ---------------------------------------------------------------- memory
@@ -426,12 +509,12 @@ def test_the_fastest_dtype_is_measured_once():
 def test_bfloat16_must_be_clearly_faster(times, expected, monkeypatch):
     """A clock that the multiplication itself moves on: seconds by dtype, in place of the real ones."""
     slow, now = dict(zip((torch.float32, torch.bfloat16), times, strict=True)), [0.0]
-    multiply = torch.mm
+    multiply = PackedLinear.forward
 
-    def mm(a, b):
-        now[0] += slow[a.dtype]
-        return multiply(a, b)
+    def forward(layer, rows):
+        now[0] += slow[rows.dtype]
+        return multiply(layer, rows)
 
-    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(PackedLinear, "forward", forward)
     monkeypatch.setattr(scoring_querit.time, "perf_counter", lambda: now[0])
     assert fastest_cpu_dtype.__wrapped__() is expected
