@@ -225,9 +225,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @lru_cache
 def fastest_cpu_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (some 20 ms), else float32."""
+    """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (0.2 s), else float32."""
 
-    best = {}
+    best: dict[torch.dtype, float] = {}
     layers = {dtype: nn.Linear(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
     for layer in layers.values():
         pack_linear_layers(layer)
