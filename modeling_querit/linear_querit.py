@@ -6,6 +6,7 @@ narrow, one of 32 rows by a third, and one in float32 twice as fast, since PyTor
 
 import ctypes
 import mmap
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -24,38 +25,48 @@ class PackedLinear(nn.Linear):
     """An `nn.Linear` that multiplies by a packed copy of its weight where it can, and as ever where it cannot.
 
     The weight stays what it was: it is saved, moved, converted and trained as in any model. The copy counts while the
-    weight is on the CPU, in the copy's dtype, and no gradients are asked for; assigned anew, or changed in place by
-    PyTorch's operations, the weight puts the copy out of use. A change through `weight.data` goes unseen:
-    `pack_linear_layers` again after it.
+    weight is on the CPU, in the copy's dtype, and no gradients are asked for. It is out of use for good when somebody
+    asks for them (an optimizer may follow), or assigns or changes the weight; only a change through `weight.data` goes
+    unseen: `pack_linear_layers` again after it.
     """
 
-    packed: torch.Tensor | None
-    version: tuple[int, int]
+    packed: torch.Tensor | None = None
+    packed_from: tuple = ()
 
     def pack(self) -> None:
-        weight = self.weight.detach()
-        self.packed, self.version = ONEDNN._reorder_linear_weight(weight.contiguous(), ROWS), self._weight_version()
+        source = self._source()
+        self.packed, self.packed_from = ONEDNN._reorder_linear_weight(self.weight.detach().contiguous(), ROWS), source
 
-    def _weight_version(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
+    def _source(self) -> tuple:
+        """What the weight is known by. Raises RuntimeError for one that tells no version, made in inference mode."""
+        return weakref.ref(self.weight), self.weight.data_ptr(), self.weight._version
+
+    def _is_current(self) -> bool:
+        return self.packed is not None and not self.weight.is_inference() and self._source() == self.packed_from
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
+        if torch.is_grad_enabled():
+            self.packed = None
         packed = self.packed
-        usable = packed is not None and packed.dtype == input.dtype and input.device.type == "cpu"
-        if not usable or self._weight_version() != self.version:
+        if packed is None or packed.dtype != input.dtype or input.device.type != "cpu" or not self._is_current():
             return super().forward(input)
-        return ONEDNN._linear_pointwise(input, packed, self.bias, "none", [], "")
+        bias = None if self.bias is None else self.bias.contiguous()
+        return ONEDNN._linear_pointwise(input, packed, bias, "none", [], "")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.packed is not None and self._weight_version() != self.version:  # moved, or converted
+        if not self._is_current():  # moved, or converted
             self.packed = None
         return self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "packed": None}  # a copy or a pickle: PyTorch can write no packed tensor
+        return {
+            **self.__dict__,
+            "packed": None,
+            "packed_from": (),
+        }  # a copy or a pickle: PyTorch can write no packed tensor
 
 
 def pack_linear_layers(model: nn.Module) -> None:
@@ -84,7 +95,7 @@ def pack_linear_layers(model: nn.Module) -> None:
 def mapped_ranges() -> list[tuple[int, int]]:
     """Addresses at which this process sees a file as it is, nothing changed; none on systems that do not tell."""
     found: list[tuple[int, int]] = []
-    with suppress(OSError), open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+    with suppress(OSError), open("/proc/self/smaps", encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
             name, *values = line.split()
             if not name.endswith(":"):

@@ -167,7 +167,6 @@ def test_a_bias_changed_or_assigned_counts_at_once(dtype, no_grad):
     check_product(layer, input)
 
 
-@pytest.mark.xfail(reason="oneDNN reads the memory behind the first number, whatever the strides", strict=True)
 @needs_onednn
 @both_dtypes
 def test_a_bias_that_is_not_contiguous_is_added_as_it_is(dtype, no_grad):
@@ -333,16 +332,8 @@ def assigned_under_inference_mode(layer):
 CHANGES = [
     in_place, one_row_in_place, by_the_initialisation, assigned, assigned_by_data, by_a_state_dict,
     by_an_assigned_state_dict, under_inference_mode, converted_there_and_back, in_shared_memory, trained_one_by_one,
-    trained_together,
+    trained_together, trained_by_the_fused_optimizer, assigned_under_inference_mode,
 ]  # fmt: skip
-KNOWN_DEFECTS = {
-    trained_by_the_fused_optimizer: "PyTorch's fused optimizers do not count their changes in the weight's version",
-    assigned_under_inference_mode: "a weight made under inference_mode has no version: RuntimeError",
-}
-CHANGES += [
-    pytest.param(change, marks=pytest.mark.xfail(reason=reason, strict=True))
-    for change, reason in KNOWN_DEFECTS.items()
-]
 
 
 @needs_onednn
@@ -359,7 +350,6 @@ def test_a_changed_weight_counts_in_the_next_call(change, dtype, no_grad):
     assert not copy_is_used(layer, input)
 
 
-@pytest.mark.xfail(reason="address and version of a weight do not tell it from a later one", strict=True)
 @needs_onednn
 @both_dtypes
 def test_a_weight_that_gets_the_memory_of_one_that_is_gone_is_told_from_it(dtype, no_grad):
