@@ -38,7 +38,7 @@ class TextRankingPipeline(Pipeline):
         max_length (int): most tokens of a pair; the model's own limit if not given.
         long_documents: "truncate" cuts a document that does not fit; "max_passage" scores overlapping windows of it and
             takes the best, telling which as `passage` (characters `[start, end)` of the text, title included).
-        batch_tokens (int): most padded tokens computed at once; by the device if not given.
+        batch_tokens (int): most tokens computed at once; by the device and the model if not given.
         shared_prefix (bool): compute a query's prompt once for all its documents; where it pays if not given.
         first_stage_scores (list of float, or of such lists for many queries): the retriever's scores. The order then is
             the reciprocal rank fusion of both rankings, told as `fused_score`; `score` stays the model's own.

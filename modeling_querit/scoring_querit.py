@@ -226,7 +226,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 @lru_cache
 def fastest_cpu_dtype() -> torch.dtype:
     """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (0.2 s), else float32."""
-
     best: dict[torch.dtype, float] = {}
     layers = {dtype: nn.Linear(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
     for layer in layers.values():
