@@ -1,18 +1,32 @@
 # make demo   rank a few documents in eight languages with the released Nano, then open the page
-# make test   lint, types and all tests
+# make test   lint, types and all tests (Debian: installs Chromium where it is missing)
+# make test-avx2   the tests that compute, as on a processor with AVX2 alone
 # make bench  speed and memory beside other ways to run the same models: about two hours on two cores
+# make integrations  other people's clients of `querit serve`, and engines, each in an environment of its own
 VENV ?= .venv
 PYTHON ?= python3
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TEST_EXTRAS := recipes,onnx,ray,serve,space,test
 QUERIT := $(VENV)/bin/querit
+PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+# $(call install,VENV,ARGUMENTS OF pip install): one line; what pip says lies in a log, which is shown where it fails.
+define install
+@echo "Installing into $(1) (a few minutes the first time) ..."
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) >$(1)/pip.log 2>&1 || \
+	{ echo "pip failed: is the package index within reach? The end of $(1)/pip.log:" >&2; \
+	grep -v "is ignored: it is" $(1)/pip.log | tail -n 20 >&2; exit 1; }
+endef
+# The tests whose results depend on the processor's instructions.
+COMPUTING := tests/modeling_querit $(wildcard tests/querit/fast tests/querit/test_loading.py) \
+	tests/hub_card/test_engines.py tests/hub_card/test_export.py tests/hub_card/test_export_onnx.py \
+	tests/recipes/test_train.py
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-avx2 bench integrations clean
 
 demo: $(VENV)/demo-installed
 	@$(QUERIT) rank "How do migrating birds find their way?" examples/documents.jsonl --top-k 4 --table
 	@$(QUERIT) rank "¿Cómo hago que la batería dure más?" examples/documents.jsonl --top-k 4 --table
 	@$(QUERIT) rank "海为什么会涨潮？" examples/documents.jsonl --top-k 4 --table
-	@echo 'Your own: $(QUERIT) rank "a question" FILE...   (text lines, JSONL or CSV)'
+	@echo 'Your own: $(QUERIT) rank "a question" FILE...   (text, Markdown, JSONL, CSV, a folder)'
 	@# On a terminal the page is served until Ctrl+C; elsewhere nobody could end it.
 	@if [ -t 1 ]; then $(QUERIT) demo; else echo 'In a browser: $(QUERIT) demo   (prints the address to open)'; fi
 
@@ -21,27 +35,37 @@ test: $(VENV)/test-installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	@# Files share the cores; two processes that each use all of them would be many times slower.
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
+
+test-avx2: $(VENV)/test-installed
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -n auto --maxprocesses 4 --dist loadfile $(COMPUTING)
 
 bench: $(VENV)/test-installed
-	$(PIP) -e ".[bench]"
+	$(call install,$(VENV),-c constraints.txt -e ".[bench]")
 	$(VENV)/bin/python -m tests.bench.bench_scoring --output tests/bench/results/scoring.json
 	$(VENV)/bin/python -m tests.bench.bench_growth --output tests/bench/results/growth.json
 	$(VENV)/bin/python -m tests.bench.bench_loading --output tests/bench/results/loading.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.bench.bench_corpus --output tests/bench/results/corpus.json
 	$(VENV)/bin/python -m tests.bench.bench_space --users 50 --seconds 120 --output tests/bench/results/space.json
+	$(VENV)/bin/python -m tests.bench.bench_serve --output tests/bench/results/serve.json
 	$(VENV)/bin/python -m tests.bench.report
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+integrations:
+	@PYTHON=$(PYTHON) .ci/setup demo
+	@[ -x .venv-integrations/bin/python ] || $(PYTHON) -m venv .venv-integrations
+	$(call install,.venv-integrations,-e ".[serve]" -r tests/integrations/requirements.txt)
+	.venv-integrations/bin/python -m pytest -o addopts= -q tests/integrations
 
-$(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@$(PIP) -e ".[space]"
+$(VENV)/demo-installed: pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) .ci/setup demo
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(call install,$(VENV),-c constraints.txt -e ".[space]")
 	@touch $@
 
-$(VENV)/test-installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[recipes,onnx,ray,space,test]"
+$(VENV)/test-installed: pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) .ci/setup test
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(call install,$(VENV),-c constraints.txt -e ".[$(TEST_EXTRAS)]")
 	@touch $@ $(VENV)/demo-installed
 
 clean:

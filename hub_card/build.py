@@ -16,13 +16,16 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, yaml_dump
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hub_card.download import download
+from hub_card.convert import NO_LABELS, check_weight_files, write_json
+from hub_card.from_sentence_transformers import load_checkpoint
 from hub_card.probes import write_probes
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
-from modeling_querit.modeling_querit import QueritForSequenceClassification
+from modeling_querit.modeling_querit import POOLER_MODEL_TYPE
+from querit.download import download
 
-LICENSE = Path(__file__).parents[1] / "LICENSE"
+LICENSE = Path(__file__).with_name("templates") / "LICENSE"  # the repository's own, word for word
 SUMS, MERGE_RECORD, RESULTS_FOLDER = "SHA256SUMS", "merge.json", ".eval_results"
+HANDLER = Path(__file__).parent / "templates" / "handler.py"  # for Inference Endpoints
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the Hub's clients put beside a folder's files, and nobody publishes.
 NOT_RELEASED = [*DEFAULT_IGNORE_PATTERNS, ".gitattributes"]
@@ -40,7 +43,8 @@ def build(
     """Write `folder` whole or not at all, and return it; what stood there before goes once the new one stands.
 
     Args:
-        checkpoint: a folder (a release is one too), or a Hub id at `revision`.
+        checkpoint: a folder (a release is one too, and what sentence-transformers saved of one), or a Hub id at
+            `revision`.
         card: the text of README.md, or what writes it when all but it stands, from the folder that it is given.
         max_length: in tokens; becomes the tokenizer's: every engine cuts pairs there, whatever the positions allow.
         dtype: of the weights. What an architecture keeps in float32, such as DeepSeek-V3's router bias, stays so.
@@ -52,7 +56,8 @@ def build(
     folder = Path(folder)
     source = Path(checkpoint) if Path(checkpoint).exists() else download(str(checkpoint), revision)
     check_target(source, folder)
-    model = QueritForSequenceClassification.from_pretrained(source, dtype=dtype)
+    check_weight_files(source)
+    model = load_checkpoint(source, dtype)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.model_max_length = max_length or tokenizer.model_max_length
     if tokenizer.pad_token is None:
@@ -61,12 +66,15 @@ def build(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         built = Path(scratch) / folder.name
         model.save_pretrained(built, max_shard_size=max_shard_size)
+        write_release_config(built)
         save_tokenizer(tokenizer, built)
-        write_sentence_transformers_files(
-            built, model.head.weight, model.head.bias, model.pooling, chat_template=bool(tokenizer.chat_template)
-        )
+        if model.config.model_type != POOLER_MODEL_TYPE:  # which sentence-transformers reads by itself
+            write_sentence_transformers_files(
+                built, model.head.weight, model.head.bias, model.pooling, chat_template=bool(tokenizer.chat_template)
+            )
         del model
         shutil.copyfile(LICENSE, built / "LICENSE")
+        shutil.copyfile(HANDLER, built / HANDLER.name)
         copy_merge_record(source, built)
         text = card if isinstance(card, str) else card(built)
         (built / "README.md").write_text(text, encoding="utf-8")
@@ -89,12 +97,23 @@ def check_target(source: Path, folder: Path) -> None:
         raise ValueError(f"{folder} is no model, and would be replaced. Remove it, or give another folder.")
 
 
+def write_release_config(folder: Path) -> None:
+    """Beside the two-way head, config.json says that there are no labels: see NO_LABELS."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config["model_type"] != POOLER_MODEL_TYPE:
+        write_json(path, config | NO_LABELS)
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only", "auto_map"):  # how it was loaded here, and code that is not published
         config.pop(key, None)
+    if not tokenizer.chat_template and config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 knows too
+        config.pop("backend", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 

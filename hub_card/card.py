@@ -6,6 +6,7 @@ A member of the family has two files in templates/: `<name>.yaml`, the metadata 
 
 import json
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hub_card.build import MERGE_RECORD
 from hub_card.convert import CHAT_TEMPLATE, read_headers, weight_files
+from hub_card.engines import OLDEST_FOR_BERT, OLDEST_FOR_OTHERS
 from hub_card.lineage import data_sets, stages_of, training_table
+from modeling_querit.modeling_querit import OLDEST_TRANSFORMERS
 
 TEMPLATES = Path(__file__).parent / "templates"
-ROOT = Path(__file__).parents[1]
-SPEED = ROOT / "tests" / "bench" / "results" / "scoring.json"
+RECIPES = Path(str(resources.files("recipes")))  # their YAML files are in the wheel, too
+SPEED = RECIPES.parent / "tests" / "bench" / "results" / "scoring.json"  # of a checkout; a wheel has none
 PRECISION = SPEED.with_name("precision.json")
 SHARED = "card.md.jinja"
-FIRST_STAGE, WORDS, FUSED = "retriever", "BM25", " + first stage"  # systems, as recipes.results names them
+RELIABILITY = Path("results") / "reliability.json"  # in a recipe's folder
+FIRST_STAGE, WORDS, FUSED = "retriever", "BM25", " + first stage"  # systems, as recipes.lib.results names them
 METADATA = {
     "license": "apache-2.0",
     "library_name": "transformers",
@@ -56,10 +60,13 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
     name = member or folder.name
     measured = read_results(results, about.get("system")) if results else None
     published = read_yaml(TEMPLATES / "published.yaml") if "published" in about else None
-    stages = stages_of(ROOT / "recipes" / about["recipe"], about["released"]) if "released" in about else []
+    stages = stages_of(RECIPES / about["recipe"], about["released"]) if "released" in about else []
+    sources = sources_of(data_sets(stages), about.get("data", []))
+    hub_ids = sorted({source["hub"] for source in sources if "hub" in source})
+    told = facts(folder)
     evaluated = evaluations(measured, about) + statements(published, about)
     data = ModelCardData(
-        **{**METADATA, **about.get("metadata", {})},
+        **{**METADATA, **about.get("metadata", {}), **({"datasets": hub_ids} if hub_ids else {})},
         model_name=about.get("title", name) if evaluated else None,
         eval_results=evaluated or None,
         metrics=["ndcg_at_10"] if measured or published else None,
@@ -71,8 +78,10 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
     environment.filters |= {"millions": millions, "thousands": "{:,}".format}
     body = environment.get_template(f"{member}.md.jinja" if member else SHARED).render(
         title=about.get("title", name),
-        hub_id=about.get("hub_id", name),
-        **facts(folder),
+        hub_id=about.get("hub_id", f"YOUR-NAME/{name}"),
+        **told,
+        oldest=OLDEST_FOR_BERT if told["model_type"] == "bert" else OLDEST_FOR_OTHERS,
+        oldest_for_code=OLDEST_TRANSFORMERS,
         measured=measured,
         speed=speed_table(about["speed"]) if "speed" in about else "",
         precision=precision_table() if "speed" in about else "",
@@ -80,7 +89,9 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
         recipe=about.get("recipe"),
         published=published and {**published, "table": published_table(published)},
         own=published["members"][about["published"]] if published else None,
-        trained_on=sorted(data_sets(stages)),
+        sources=sources_table(sources),
+        by_language=languages_table(measured, about["languages"]) if measured and "languages" in about else "",
+        reliability=reliability_table(RECIPES / about["recipe"] / RELIABILITY) if "recipe" in about else "",
         training=training_table(stages),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
@@ -127,7 +138,9 @@ def read_results(folder: Path, system: str | None) -> dict[str, Any]:
         "table": results_table(results, [WORDS, FIRST_STAGE, system, fused]),
         "way": means_table(results),
         "own": results["mean"][system],
+        "behind": [name for name, x in results["sets"].items() if x["scores"][system] < x["scores"][FIRST_STAGE]],
         "fused": results["mean"][fused] if fused else None,
+        "fused_system": fused,
         "metrics": sorted({metric_name(entry["metric"]) for entry in results["sets"].values()}),
         "sampled": results["settings"].get("max_queries"),
         "candidates": results["settings"]["top_k"],
@@ -161,6 +174,46 @@ def means_table(results: dict) -> str:
 def gain(mean: dict) -> str:
     low, high = mean["interval"]
     return "" if low == high == 0 else f"{mean['gain']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def languages_table(measured: dict, languages: dict[str, str]) -> str:
+    """Means over the sets of each language, or of question's and documents' language, in Markdown."""
+    shown = [FIRST_STAGE, measured["system"], *([measured["fused_system"]] if measured["fused_system"] else [])]
+    rows = [["language", "sets", "first stage", "**this model**", "**this model** + first stage"][: 2 + len(shown)]]
+    for language in dict.fromkeys(languages.values()):
+        sets = [x["scores"] for name, x in measured["sets"].items() if languages.get(name) == language]
+        if sets:
+            means = [f"{sum(scores[system] for scores in sets) / len(sets):.1f}" for system in shown]
+            rows.append([language, str(len(sets)), *means])
+    return markdown(rows)
+
+
+def reliability_table(path: Path) -> str:
+    """What recipes.calibrate measured of the probabilities, by language; "" where that was not."""
+    if not path.is_file():
+        return ""
+    rows = [["language", "pairs", "expected calibration error", "mean for right answers", "mean for others"]]
+    for language, found in json.loads(path.read_text(encoding="utf-8")).items():
+        means = ("" if found[key] is None else f"{found[key]:.2f}" for key in ("right_mean", "wrong_mean"))
+        rows.append([language, f"{found['n']:,}", f"{found['ece']:.3f}", *means])
+    return markdown(rows)
+
+
+def sources_of(names: list[str], known: list[dict]) -> list[dict]:
+    """The entries of a card's YAML for the data sets of these names, in its order.
+
+    Raises ValueError for a set without an entry: a card tells the licence of all that was trained on.
+    """
+    sources = [entry for entry in known if any(name.startswith(tuple(entry["folders"])) for name in names)]
+    told = tuple(prefix for entry in known for prefix in entry["folders"])
+    if unknown := [name for name in names if not name.startswith(told)]:
+        raise ValueError(f"The card's YAML tells no licence of {', '.join(unknown)}. Add them under data.")
+    return sources
+
+
+def sources_table(sources: list[dict]) -> str:
+    """What was trained on and under which licence, in Markdown; "" if nothing is known."""
+    return markdown([["data", "licence"], *([s["what"], s["licence"]] for s in sources)]) if sources else ""
 
 
 def speed_table(model: str) -> str:

@@ -6,12 +6,15 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+import modeling_querit
+from hub_card.cut import check_cut
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
 from modeling_querit.modeling_querit import QueritForSequenceClassification, copy_remote_code, remote_code_config
 
@@ -28,7 +31,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 LEGAL_FILES = ("LICENSE*", "NOTICE*")
 CLS = "[CLS]"
-CHAT_TEMPLATE = Path(__file__).parents[1] / "modeling_querit" / "chat_template.jinja"
+LFS_POINTER = b"version https://git-lfs"
+CHAT_TEMPLATE = Path(modeling_querit.__file__).with_name("chat_template.jinja")
+# To engines that know the backbone and not the two-way head, such as sentence-transformers before 6 and
+# AutoModelForSequenceClassification without trust, one label would mean a head of random weights, which ranks. With
+# none they give no score, and `rank` refuses. Our class and the modules for sentence-transformers do not ask.
+NO_LABELS: dict = {"id2label": {}, "label2id": {}}
 
 Shape = tuple[int, ...]
 
@@ -128,6 +136,11 @@ def weight_files(source: Path) -> list[Path]:
     return [index, *(source / name for name in names)]
 
 
+def check_weight_files(source: Path) -> None:
+    """Raise ValueError or FileNotFoundError where weights are missing, cut off, or a pointer of Git LFS."""
+    read_headers(weight_files(source))
+
+
 def read_index(path: Path) -> dict[str, str]:
     try:
         return {str(key): str(file) for key, file in json.loads(path.read_bytes())["weight_map"].items()}
@@ -147,6 +160,11 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Shape], dict[str, Path]]:
                 for key in weights.keys():  # noqa: SIM118 - a safe_open is no mapping
                     shapes[key], places[key] = tuple(weights.get_slice(key).get_shape()), file
         except SafetensorError as error:
+            if file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+                raise ValueError(
+                    f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository, or `hf "
+                    "download`."
+                ) from None
             raise ValueError(f"{file} is truncated or no safetensors file ({error}). Download it again.") from None
     if files[0].name == INDEX:
         found = {key: file.name for key, file in places.items()}
@@ -175,7 +193,7 @@ def check_keys(source: Path, found: dict[str, Shape]) -> None:
     if missing:
         raise ValueError(f"{source} lacks {listed(missing)}. Download it again, or correct its config.json.")
     # What transformers leaves out by itself, such as the layer for multi-token prediction of DeepSeek-V3.
-    backbone = QueritForSequenceClassification._backbone_class(config)
+    backbone: Any = AutoModel._model_mapping[type(config)]
     ignored = [r"^lm_head\.weight$", *(backbone._keys_to_ignore_on_load_unexpected or ())]
     unexpected = sorted(
         key for key in found.keys() - expected.keys() if not any(re.search(pattern, key) for pattern in ignored)
@@ -209,6 +227,8 @@ def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:
             f"The tokenizer of {source} has no added token {CLS}, which the score is read at. Use the "
             "tokenizer published with the checkpoint."
         )
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    check_cut(tokenizer)
     beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         raise ValueError(
@@ -232,10 +252,9 @@ def write_config(raw_config: dict, folder: Path) -> None:
         "architectures": [QueritForSequenceClassification.__name__],
         **remote_code_config(),
         "classifier_pooling": "last",
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "num_labels": 1,
+        **NO_LABELS,
     }
+    config.pop("num_labels", None)
     write_json(folder / "config.json", config)
 
 

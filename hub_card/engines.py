@@ -1,6 +1,7 @@
 """The ways in which others load a release: each takes a folder and gives the scores of the same pairs, in [-1, 1].
 
-All run in float32 on the CPU. The second and the third run the folder's own code: look at it first (hub_card.verify).
+All run in float32 on the CPU. The second runs the folder's own code, and so does the third where the backbone alone is
+transformers' own: look at it first (hub_card.verify).
 """
 
 from collections.abc import Callable, Mapping
@@ -8,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from modeling_querit.modeling_querit import QueritForSequenceClassification
+from modeling_querit.modeling_querit import POOLER_MODEL_TYPE
 from modeling_querit.pipeline_querit import TextRankingPipeline
+from querit.loading import load
+
+# The oldest versions that score as the newest do, seen by tests/integrations/test_oldest_engines.py.
+OLDEST_FOR_BERT = {"sentence-transformers": "3.0.0", "transformers": "4.41.2", "tokenizers": "0.19.1"}
+OLDEST_FOR_OTHERS = {"sentence-transformers": "6.0.0", "transformers": "5.17.0"}
 
 Requests = Mapping[str, list[str]]  # query -> its documents; scores come in this order
 
 
 def installed_ranker(folder: Path) -> TextRankingPipeline:
-    model = QueritForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return TextRankingPipeline(model, tokenizer=tokenizer, device="cpu")
+    return load(folder, device="cpu", dtype="float32")
 
 
 def installed_pipeline(folder: Path, requests: Requests) -> list[float]:
@@ -32,10 +36,14 @@ def trusting_pipeline(folder: Path, requests: Requests) -> list[float]:
 
 
 def auto_model(folder: Path, requests: Requests) -> list[float]:
-    """As one who knows transformers only: the tokenizer's own template, a padded batch, the output's `score`."""
+    """As one who knows transformers only: the tokenizer's own template, a padded batch, the output's `logits`.
+
+    Without trust where the folder is to transformers what it is to us.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    scores = []
+    trust = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type != POOLER_MODEL_TYPE
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32)
+    scores: list[float] = []
     for query, documents in requests.items():
         if tokenizer.chat_template:
             chats = [
@@ -47,7 +55,7 @@ def auto_model(folder: Path, requests: Requests) -> list[float]:
         else:
             encoded = tokenizer([query] * len(documents), documents, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            scores += model.eval()(**encoded).score.squeeze(-1).tolist()
+            scores += torch.tanh(model.eval()(**encoded).logits.squeeze(-1) / 2).tolist()
     return scores
 
 

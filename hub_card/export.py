@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from hub_card.convert import LEGAL_FILES, TOKENIZER_FILES, check_folders, read_headers, weight_files, write_json
 from hub_card.probes import PROBES
@@ -60,7 +60,9 @@ def read_querit_config(source: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}). Download it again.") from None
     architectures = config.get("architectures") if isinstance(config, dict) else None
-    if QueritForSequenceClassification.__name__ not in (architectures or []):
+    # A `bert` with one label is to everybody the same, whoever saved it.
+    readable = {QueritForSequenceClassification.__name__, BertForSequenceClassification.__name__}
+    if readable.isdisjoint(architectures or []):
         raise ValueError(
             f"{source} is no Querit reranker: its config.json names {architectures} as architectures. A checkpoint as "
             "published is made one by `querit convert`."

@@ -1,7 +1,7 @@
-"""A bidirectional Querit folder -> onnx/model.onnx (float32) and onnx/model_int8.onnx, with tokenizer and config.
+"""A `bert` Querit folder -> onnx/model.onnx (float32) and onnx/model_int8.onnx, with tokenizer and config.
 
-Both take `input_ids` and `attention_mask`, int64 of any `(batch_size, sequence_length)`, and give `logits`, float32
-`(batch_size, 1)`: z1 - z0, the log-odds of relevance, head included. File names and config.json are those that
+Both take `input_ids`, `attention_mask` and `token_type_ids`, int64 of any `(batch_size, sequence_length)`, and give
+`logits`, float32 `(batch_size, 1)`: the log-odds of relevance, head included. File names and config.json are those that
 transformers.js and optimum look for.
 """
 
@@ -31,8 +31,8 @@ from hub_card.export import (
     probe_logits,
     write_record,
 )
-from hub_card.exported_onnx import OnnxReranker
-from modeling_querit.modeling_querit import QueritForSequenceClassification
+from hub_card.exported_onnx import INPUTS, OnnxReranker
+from modeling_querit.modeling_querit import POOLER_MODEL_TYPE, QueritForSequenceClassification
 from modeling_querit.prompting_querit import EncodedPair
 
 FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
@@ -40,9 +40,9 @@ FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
 LEAST_CORRELATION = 0.9
 README = """# {name} for ONNX Runtime
 
-Exported from `{name}` by `querit export --to onnx`. Inputs `input_ids` and `attention_mask`, int64 of any
-`(batch, length)`; output `logits`, float32 `(batch, 1)`, the log-odds of relevance. The probability is sigmoid(logit),
-Querit's score in [-1, 1] is tanh(logit / 2).
+Exported from `{name}` by `querit export --to onnx`. Inputs `input_ids`, `attention_mask` and `token_type_ids`,
+int64 of any `(batch, length)`; output `logits`, float32 `(batch, 1)`, the log-odds of relevance. The probability is
+sigmoid(logit), Querit's score in [-1, 1] is tanh(logit / 2).
 
 | file | MB | order | score and probability |
 |---|---|---|---|
@@ -51,8 +51,10 @@ Querit's score in [-1, 1] is tanh(logit / 2).
 
 Over {probes} probe pairs, a logit of float32 moved by {difference:.1g} at most; int8's rank correlation with the model
 is {correlation:.3f}, and a probability moved by {moved:.3f} at most. int8 has the layers' weights per channel and the
-embeddings per table; the head and the products that narrow the feed-forward part stay float32. Activations are
-quantised as they come, over all of a batch, so that a score depends a little on what stands beside the pair.
+embeddings per table; the head and the products that narrow the feed-forward part stay float32. Weights that are
+multiplied use 7 of the 8 bits: on processors without VNNI (AVX2, early AVX-512) products of 8 bits saturate.
+Activations are quantised as they come, over all of a batch, so that a score depends a little on what stands beside the
+pair.
 
 `querit rank QUERY FILE --model {int8}` runs either file with Querit's own prompts, cuts and batches. Without torch and
 transformers:
@@ -73,13 +75,14 @@ batch = tokenizer.encode_batch([(query, document) for document in documents])
 inputs = {{
     "input_ids": np.array([encoded.ids for encoded in batch]),
     "attention_mask": np.array([encoded.attention_mask for encoded in batch]),
+    "token_type_ids": np.array([encoded.type_ids for encoded in batch]),
 }}
 logits = session.run(["logits"], inputs)[0][:, 0]
 probabilities = 1 / (1 + np.exp(-logits))
 print(probabilities)
 ```
 
-Two things differ from Querit there: a text that spells a control token, like `</s>`, becomes one, and where a pair is
+Two things differ from Querit there: a text that spells a control token, like `[SEP]`, becomes one, and where a pair is
 too long the cut is the tokenizer's. `export.json` holds probe pairs with the model's probabilities.
 """
 
@@ -91,17 +94,20 @@ class Logits(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
 
 
 def write_onnx(source: Path, config: dict, folder: Path) -> None:
     """Fill `folder`. Raises ValueError as `export` says."""
     model, tokenizer = load_for_export(source)
-    if model.is_causal:
+    if model.config.model_type != POOLER_MODEL_TYPE:
+        kind = "causal " if model.is_causal else ""
         raise ValueError(
-            f"{source} is a causal {config.get('model_type')}; the export to ONNX is of bidirectional members, such as "
-            "Nano (bert). Use --to vllm for this one."
+            f"{source} is a {kind}{config.get('model_type')}; the export to ONNX is of members like Nano (bert). Use "
+            "--to vllm for a causal one."
         )
     texts, pairs = encode_probes(model, tokenizer)
     expected = probe_logits(model, pairs, tokenizer.pad_token_id)
@@ -163,11 +169,11 @@ def write_float32(model: QueritForSequenceClassification, file: Path) -> None:
     axes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("sequence_length")}
     torch.onnx.export(
         Logits(model).eval(),
-        (input_ids, mask),
+        (input_ids, mask, torch.zeros_like(input_ids)),
         file,
-        input_names=["input_ids", "attention_mask"],
+        input_names=INPUTS,
         output_names=["logits"],
-        dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+        dynamic_shapes=dict.fromkeys(INPUTS, axes),
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -183,20 +189,26 @@ def write_int8(float32: Path, file: Path) -> None:
 
     In float32 the head's near-equal scores do not tie. The input of the narrowing products has few and far outliers:
     with them in 8 bits, Nano's logits are off by 0.07 on average instead of 0.03, at 1.3 times the speed.
+
+    Of the products' weights 7 bits are used. Where there is no VNNI, ONNX Runtime multiplies by VPMADDUBSW, which adds
+    two products of an activation (0 to 255) and a weight in 16 bits: with weights in [-128, 127] it saturates, and
+    scores were off by half their range. Its documentation names `reduce_range` for such processors:
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
     graph = onnx.load(float32).graph
     shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
     head = [node.name for node in graph.node if node.op_type == "Gemm"]
     products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in shapes]
     narrowing = [node.name for node in products if shapes[node.input[1]][0] > shapes[node.input[1]][1]]
+    excluded = [*narrowing, *head, *(f"{name}_MatMul" for name in head)]  # once quantised, a Gemm is a MatMul too
     quantize_dynamic(
         float32,
         file,
         op_types_to_quantize=["MatMul", "Gather"],
         per_channel=True,  # per tensor, they are off by twice as much again
         weight_type=QuantType.QInt8,
-        # The head also under the name that it has once quantisation has taken it for a MatMul.
-        nodes_to_exclude=[*narrowing, *head, *(f"{name}_MatMul" for name in head)],
+        reduce_range=True,  # of products' weights only: embeddings, which are looked up, keep all 8 bits
+        nodes_to_exclude=excluded,
     )
 
 

@@ -9,6 +9,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from modeling_querit.pipeline_querit import TextRankingPipeline
 
+INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+
 
 class OnnxReranker(torch.nn.Module):
     """What `score_pairs` and the pipeline ask of a model, on the CPU.
@@ -38,14 +40,19 @@ class OnnxReranker(torch.nn.Module):
         except Exception as error:  # its exceptions have no base class of their own
             raise ValueError(f"ONNX Runtime does not load {file} ({error}). Export it again.") from None
         names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
-        if names != ["input_ids", "attention_mask", "logits"]:
+        if names != [*INPUTS, "logits"]:
             raise ValueError(f"{file} has the inputs and outputs {', '.join(names)}: no export of a Querit model.")
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **unused: object
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        **unused: object,
     ) -> SequenceClassifierOutput:
         """`(batch_size, sequence_length)` each -> logits `(batch_size, 1)`, the log-odds of relevance."""
-        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        inputs = dict(zip(INPUTS, (input_ids.numpy(), attention_mask.numpy(), segments.numpy()), strict=True))
         return SequenceClassifierOutput(logits=torch.from_numpy(self.session.run(["logits"], inputs)[0]))
 
 

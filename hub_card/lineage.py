@@ -47,15 +47,10 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def data_sets(stages: list[Stage]) -> list[str]:
-    """The names of the folders of documents and queries that the stages read and no stage wrote."""
+    """The names of the folders and files under a folder `data` that the stages read and no stage wrote."""
     made = {stage.output for stage in stages}
-    named: dict[str, None] = {}
-    for _, config in stages:
-        read = [config["documents"]] if isinstance(config.get("documents"), str) else []
-        if isinstance(targets := config.get("targets"), dict):  # elsewhere a list of names
-            read += [path for target in targets.values() for path in target.get("folders", [])]
-        named |= {Path(path).name: None for path in read if path not in made}
-    return list(named)
+    read = [Path(text) for _, config in stages for text in strings(config) if text not in made]
+    return list(dict.fromkeys(path.name.split(".")[0] for path in read if "data" in path.parts[:-1]))
 
 
 def training_table(stages: list[Stage]) -> str:

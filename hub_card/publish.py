@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
-from hub_card.download import MAIN, plain_hub_errors
 from hub_card.verify import verify
+from querit.download import MAIN, plain_hub_errors
 
 PACKAGE = "querit-reranker"
 KEPT = ".gitattributes"  # the Hub's own, which says what Git LFS keeps

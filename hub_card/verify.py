@@ -14,18 +14,27 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
-from hub_card.build import MERGE_RECORD, RESULTS_FOLDER, SUMS, file_sum, files_of, results_of
-from hub_card.convert import CHAT_TEMPLATE, TOKENIZER_FILES, expected_shapes, read_headers, read_tensor, weight_files
+import modeling_querit
+from hub_card.build import HANDLER, MERGE_RECORD, RESULTS_FOLDER, SUMS, file_sum, files_of, results_of
+from hub_card.convert import (
+    CHAT_TEMPLATE,
+    NO_LABELS,
+    TOKENIZER_FILES,
+    expected_shapes,
+    read_headers,
+    read_tensor,
+    weight_files,
+)
 from hub_card.engines import ENGINES
 from hub_card.probes import PROBES_FILE, read_probes
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
-from modeling_querit.modeling_querit import REMOTE_CODE, remote_code_config
+from modeling_querit.modeling_querit import POOLER_MODEL_TYPE, REMOTE_CODE, remote_code_config
 
 TOLERANCE = 1e-3  # of scores in [-1, 1], float32 on another machine than the builder's
-NEEDED = {"README.md", "LICENSE", "config.json", "tokenizer.json", "tokenizer_config.json", "modules.json"}
-NEEDED |= {PROBES_FILE, *REMOTE_CODE}
+NEEDED = {"README.md", "LICENSE", "config.json", "tokenizer.json", "tokenizer_config.json"}
+NEEDED |= {PROBES_FILE, HANDLER.name, *REMOTE_CODE}
 OTHERS = {*TOKENIZER_FILES, CHAT_TEMPLATE.name, MERGE_RECORD, "NOTICE"}
-OTHERS |= {"config_sentence_transformers.json", "sentence_bert_config.json"}
+OTHERS |= {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
 PATTERNS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     rf"|1_Pooling/config\.json|2_Dense/(config\.json|model\.safetensors)|{re.escape(RESULTS_FOLDER)}/[\w.-]+\.yaml"
@@ -98,11 +107,11 @@ def check_kinds(folder: Path) -> Iterator[str]:
 
 
 def check_code(folder: Path) -> Iterator[str]:
-    package = Path(__file__).parents[1] / "modeling_querit"
-    for name in REMOTE_CODE:
-        path = folder / name
-        if path.is_file() and path.read_bytes() != (package / name).read_bytes():
-            yield f"{name} is not the installed package's, and was not run. {AGAIN}"
+    package = Path(modeling_querit.__file__).parent
+    for source in (*(package / name for name in REMOTE_CODE), HANDLER):
+        path = folder / source.name
+        if path.is_file() and path.read_bytes() != source.read_bytes():
+            yield f"{path.name} is not the installed package's, and was not run. {AGAIN}"
     for name, wanted in (("config.json", remote_code_config()), ("tokenizer_config.json", {})):
         config = read_json(folder / name)
         for key in ("auto_map", "custom_pipelines"):
@@ -126,8 +135,23 @@ def check_weights(folder: Path) -> Iterator[str]:
             yield f"{key} has the shape {[*found[key]]}; config.json asks for {[*expected[key]]}. {AGAIN}"
 
 
+def check_labels(folder: Path) -> Iterator[str]:
+    """What config.json says to engines that know the backbone and not our code."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == POOLER_MODEL_TYPE:
+        if config.get("architectures") != ["BertForSequenceClassification"] or len(config.get("id2label", {})) != 1:
+            yield f"config.json must be of a BertForSequenceClassification with one label, for other engines. {AGAIN}"
+    elif any(config.get(key) != value for key, value in NO_LABELS.items()) or "num_labels" in config:
+        yield f"config.json has labels: an engine that does not know the head would rank by random weights. {AGAIN}"
+
+
 def check_modules(folder: Path) -> Iterator[str]:
     """The modules for sentence-transformers, which imports the classes that they name, say what config and head say."""
+    if read_json(folder / "config.json").get("model_type") == POOLER_MODEL_TYPE:
+        for path in files_of(folder):
+            if path.startswith(("modules.json", "1_Pooling/", "2_Dense/", "sentence_bert_config.json")):
+                yield f"{path} is a second head beside the classifier: CrossEncoder would score otherwise. {AGAIN}"
+        return
     try:
         _, places = read_headers(weight_files(folder))
         head = [read_tensor(places[key], key) for key in ("head.weight", "head.bias")]
@@ -213,6 +237,7 @@ CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "kinds of files": check_kinds,
     "remote code": check_code,
     "tensors": check_weights,
+    "labels": check_labels,
     "modules for sentence-transformers": check_modules,
     "card": check_card,
     "probe pairs": check_probes,

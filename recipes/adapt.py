@@ -2,121 +2,53 @@
 
     querit adapt handbook/ --model hub_card/querit-reranker-nano --output my-reranker
 
-Runs the recipe's stages on one's own documents: queries are written (recipes.mine), candidates scored by the
-teacher (recipes.score), the model trained on the soft labels (recipes.train) and merged with what it was before
-(recipes.merge). Queries of documents held aside judge before against after (recipes.evaluate). All in the making
-stands in `<output>.work`; a run that was stopped goes on there.
+Writes a recipe for one's own documents into `<output>.work`, a YAML a stage, and runs it as recipes.run does: queries
+are written (1_mine) and the model judged as it is (2_evaluate_before), the teacher scores candidates (3_score), the
+model is trained on its soft labels (4_adapt), merged with what it was (5_merge) and judged again, on the same queries
+of documents held aside (6_evaluate_after). A run that was stopped goes on; to change something, edit the YAMLs and run
+the command again: what depends on it is made anew.
 """
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import numpy as np
-import torch
+import yaml
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
-from trl import RewardConfig
+from transformers.utils import logging
 
 from hub_card.build import build
-from modeling_querit.scoring_querit import fastest_cpu_dtype
-from recipes import mine, score, train
-from recipes.documents import detect_language, joined, read_documents
-from recipes.evaluate import EvaluateArguments, evaluate
-from recipes.generators import QueryWriter
-from recipes.merge import MergeArguments
-from recipes.merge import main as merge
-from recipes.records import content_hash
-from recipes.results import interval_of_mean
-from recipes.retrieval import BM25, fingerprint
-from recipes.shards import write_aside
-from recipes.targets import cut_passages
-from recipes.teachers import Teacher, load_cross_encoder, load_querit, read_teachers
+from querit.files import write_json, write_text
+from querit.text import joined
+from recipes.lib import verdict as words_of
+from recipes.lib.adaptation import AdaptArguments, Roles, generator_entry, located, recipe, roles_of
+from recipes.lib.budget import FEWEST, FEWEST_JUDGED, Corpus, Pace, Size, best_time, choose, seconds_of
+from recipes.lib.documents import detect_language, read_documents
+from recipes.lib.generators import QueryWriter
+from recipes.lib.progress import Bar, Steps
+from recipes.lib.retrieval import BM25
+from recipes.lib.stages import Stage, read_stages
+from recipes.lib.teachers import Teacher, load_cross_encoder, load_querit
+from recipes.run import launch_here, run_stage, state_of
 
-CANDIDATES = 7  # passages of a training group, the positive among them
-TOP_K = 50  # candidates that the teacher scores
-JUDGED = 100  # most queries that judge
-FEWEST = 50  # training queries under which an adaptation is not tried
-FEWEST_JUDGED = 20  # with fewer, a bootstrap interval is too narrow: models that are no better would pass as better
-TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
-ASKED = 2.5  # queries asked for, per training query: a fifth is held aside, and filters leave out about half
-PASSAGES = 3  # leading passages of a document among which the candidates are
-SAMPLE = 16  # documents that tell how fast the models are
+SAMPLE = 16  # documents that tell how long they are, and how fast the models
 TIMED = 3  # of them, those on which a generator is timed: a language model takes seconds for each
-SPARE = 0.7  # share of the budget that is planned: starting, cutting crops and merging take the rest
-
-
-@dataclass
-class AdaptArguments:
-    documents: str = field(metadata={"help": "BEIR folder, .jsonl(.gz), .csv, .tsv, or folder of .txt and .md files."})
-    model: str = field(metadata={"help": "The Querit reranker to adapt: folder or Hub id."})
-    output: str = field(metadata={"help": "Folder to write; it appears only when complete."})
-    revision: str | None = field(default=None, metadata={"help": "Commit of a model from the Hub."})
-    generator: str = field(
-        default="crop", metadata={"help": "crop, a causal LM (folder, .gguf file or Hub id), or URL#MODEL of a server."}
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "Bi-encoder, cross-encoder or Querit model; the model itself if not given."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Commit of a teacher from the Hub."})
-    queries_per_document: int = field(default=3, metadata={"help": "Most queries written for a document."})
-    budget_minutes: float = field(default=30.0, metadata={"help": "About how long all of it may take."})
-    seed: int = field(default=0, metadata={"help": "Seed of every choice."})
-
-
-def generator_entry(generator: str) -> dict[str, Any]:
-    """The entry of recipes.mine's `generators` that the option --generator stands for."""
-    if generator == "crop":
-        return {"kind": "crop"}
-    if generator.startswith(("http://", "https://")):
-        url, _, model = generator.partition("#")
-        if not model:
-            raise ValueError(f"The generator {generator} names no model; write it as {url}#MODEL.")
-        return {"kind": "openai", "base_url": url, "model": model}
-    if generator.endswith(".gguf"):
-        file = Path(generator)
-        return {"kind": "local", "model": str(file.parent), "gguf_file": file.name}
-    return {"kind": "local", "model": generator}
-
-
-@dataclass
-class Pace:
-    """Seconds, measured here on some of the documents."""
-
-    model: float  # a pair scored by the model that is adapted
-    teacher: float  # a pair scored by the teacher; 0 for a bi-encoder
-    corpus: float  # all documents encoded by a bi-encoder, as often as the stages do; 0 for other teachers
-    generator: float  # as many queries written as it takes for one to train with; 0 for crops
-
-    def fixed(self) -> float:
-        """What does not depend on how many queries there are: encoding, and judging three models."""
-        return self.corpus + 3 * JUDGED * TOP_K * self.model
-
-    def query(self) -> float:
-        """A training query: written, its candidates read by the teacher, its group trained on."""
-        return self.generator + TOP_K * self.teacher + CANDIDATES * TRAINING_COST * self.model
-
-    def affordable_queries(self, budget_minutes: float) -> int:
-        return int((SPARE * 60 * budget_minutes - self.fixed()) / self.query())
-
-    def minutes_needed(self, queries: int) -> float:
-        return (self.fixed() + queries * self.query()) / (SPARE * 60)
-
-
-def best_time(work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of three runs: the first is slower, and others may disturb one."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+TIMED_TOKENS = 128
+PLAN, VERDICT, PROGRESS, LOG = "plan.json", "adaptation.json", "progress.json", "log.txt"
+STEPS = {  # stage -> what it does, as the plan's seconds are named
+    "1_mine": ("mine", "Writing queries"),
+    "2_evaluate_before": ("before", "Judging the model as it is"),
+    "3_score": ("score", "Scoring candidates"),
+    "4_adapt": ("adapt", "Training"),
+    "5_merge": ("merge", "Merging with the model as it was"),
+    "6_evaluate_after": ("after", "Judging what came of it"),
+}
 
 
 def writing_time(args: AdaptArguments, generator: dict[str, Any], sample: list[dict]) -> float:
@@ -138,240 +70,166 @@ def writing_time(args: AdaptArguments, generator: dict[str, Any], sample: list[d
     return (time.perf_counter() - start) / len(items)
 
 
-def measure_pace(
-    args: AdaptArguments,
-    teacher: Teacher,
-    generator: dict[str, Any],
-    sample: list[dict],
-    passages: list[str],
-    documents: int,
-) -> Pace:
-    """The pace here, by a sample of the `documents` that there are, and its passages. Raises what writing_time does."""
-    texts = [joined(document) for document in sample]
+def measure_pace(args: AdaptArguments, roles: Roles, generator: dict[str, Any], sample: list[dict]) -> Pace:
+    """The pace here, by a sample of the documents. Raises what writing_time does."""
+    written = writing_time(args, generator, sample)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    texts = [joined(document)[: 4 * TIMED_TOKENS] for document in sample]
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) or 1
 
     def reading(model: Teacher) -> float:
         score = load_querit(model, 32) if model.kind == "querit" else load_cross_encoder(model, 32)
-        return best_time(lambda: score([texts[0][:60]], [texts])) / len(texts)
+        return best_time(lambda: score([texts[0][:60]], [texts])) / tokens
 
-    written = ASKED / args.queries_per_document * writing_time(args, generator, sample)
-    model = reading(Teacher(args.model, args.revision, "querit"))
-    if teacher.kind == "bi-encoder":
-        encoder = SentenceTransformer(teacher.model, revision=teacher.revision)
-        # For the round trip of mining, for the first stage of the evaluation, and for the teacher.
-        encoded = [*texts, *texts, *passages]
-        return Pace(model, 0.0, best_time(lambda: encoder.encode(encoded)) / len(texts) * documents, written)
-    same = (teacher.model, teacher.revision) == (args.model, args.revision)
-    return Pace(model, model if same else reading(teacher), 0.0, written)
+    own = Teacher(located(args.model), args.revision, "querit")
+    model, teaching = reading(own), 0.0
+    for teacher in roles.teachers:
+        if teacher.kind in ("querit", "cross-encoder"):
+            same = (teacher.model, teacher.revision) == (own.model, own.revision)
+            teaching += model if same else reading(teacher)
+    if roles.first_stage == BM25:
+        return Pace(model, teaching, 0.0, written)
+    encoder = SentenceTransformer(roles.first_stage, revision=roles.first_stage_revision)
+    return Pace(model, teaching, best_time(lambda: encoder.encode(texts)) / tokens, written)
 
 
-def training_config(args: AdaptArguments, folder: Path, max_length: int) -> RewardConfig:
-    cuda = torch.cuda.is_available()
-    return RewardConfig(
-        output_dir=str(folder),
-        max_length=max_length,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        num_train_epochs=1,
-        learning_rate=3e-5,
-        lr_scheduler_type="linear",
-        warmup_steps=10,
-        weight_decay=0.01,
-        bf16=cuda or fastest_cpu_dtype() == torch.bfloat16,
-        use_cpu=not cuda,
-        gradient_checkpointing=cuda,  # a 4B model would not fit without; on a CPU memory is not what is scarce
-        train_sampling_strategy="group_by_length",
-        logging_steps=10,
-        save_steps=50,
-        save_total_limit=2,
-        report_to="none",
-        seed=args.seed,
+def read_sample(args: AdaptArguments) -> tuple[list[dict], int]:
+    """-> some of the documents, spread over all of them, and how many there are."""
+    documents = list(enumerate(read_documents(args.documents, column=args.column)))
+    if len(documents) < FEWEST:
+        raise ValueError(f"{args.documents} has {len(documents)} documents; an adaptation needs some hundreds.")
+    step = max(1, len(documents) // SAMPLE)
+    return [document for place, document in documents if place % step == 0][:SAMPLE], len(documents)
+
+
+def make_plan(args: AdaptArguments, work: Path) -> None:
+    """Measure, choose, and write the YAMLs and the plan. Raises ValueError for what cannot be adapted."""
+    generator, roles = generator_entry(args.generator), roles_of(args)
+    sample, documents = read_sample(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    ids = tokenizer([joined(document) for document in sample], add_special_tokens=False, verbose=False)["input_ids"]
+    corpus = Corpus(tuple(map(len, ids)), documents, args.queries_per_document)
+    pace = measure_pace(args, roles, generator, sample)
+    size, queries = choose(args.budget_minutes, pace, corpus)
+    size = Size(**asdict(size) | {"max_length": min(size.max_length, tokenizer.model_max_length)})
+    seconds = seconds_of(size, queries, pace, corpus)
+    stages = recipe(args, roles, generator, size, queries, documents, work)
+    for name, config in stages.items():
+        write_text(work / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    minutes = math.ceil(sum(seconds.values()) / 60)
+    words = (
+        f"{documents:,} documents in {Path(args.documents).name}. About {queries + size.judged:,} queries are written "
+        f"for {stages['1_mine']['sample']:,} of them; {roles.words} score {size.top_k} candidates for each of "
+        f"{queries:,}, the model is trained on that, and up to {size.judged} queries of documents held aside judge it "
+        f"before and after. {len(stages)} steps, about {minutes} minutes."
     )
+    plan = {"request": request_of(args), "words": words, "seconds": seconds}
+    write_json(work / PLAN, plan | {"teacher": roles.words, "system": roles.system})
 
 
-def judge(results: dict, seed: int) -> dict[str, Any]:
-    """Merged against general on the queries held aside, in points of nDCG@10, with a paired 95% bootstrap interval."""
-    (entry,) = results["sets"].values()
-    (before,), (after,) = (entry["per_query"][name].values() for name in ("general", "merged"))
-    gains = np.array([after[query] - before[query] for query in before])
-    low, high = interval_of_mean([gains], [1.0], seed)
-    return {
-        "queries": len(gains),
-        "ndcg@10": entry["scores"],
-        "gain": round(100 * float(gains.mean()), 2),
-        "interval": [round(100 * low, 2), round(100 * high, 2)],
-        "better": low > 0 and len(gains) >= FEWEST_JUDGED,
-    }
+def request_of(args: AdaptArguments) -> dict[str, Any]:
+    """What a run that goes on must be asked for again. Contents are watched over by the stages' records."""
+    paths = {"documents": str(Path(args.documents).resolve()), "model": located(args.model), "output": ""}
+    return asdict(args) | paths
 
 
-def in_words(verdict: dict, output: str) -> str:
-    points = verdict["ndcg@10"]
-    low, high = verdict["interval"]
-    facts = (
-        f"On {verdict['queries']} queries of documents held aside, nDCG@10 is {points['merged']:.1f} after adaptation "
-        f"and {points['general']:.1f} before ({verdict['gain']:+.1f}; 95% interval {low:+.1f} to {high:+.1f}). "
-        f"The first stage by itself has {points['retriever']:.1f}."
+def read_plan(args: AdaptArguments, work: Path) -> dict[str, Any]:
+    plan = json.loads((work / PLAN).read_text(encoding="utf-8"))
+    if changed := [key for key, value in request_of(args).items() if plan["request"].get(key) != value]:
+        raise ValueError(
+            f"{work} was planned with other options ({', '.join(changed)} changed). Give those as before and edit the "
+            "YAMLs there, or remove it, or name another --output."
+        )
+    return plan
+
+
+def check_queries(mined: Path) -> None:
+    counts = json.loads((mined / "mine.json").read_text(encoding="utf-8"))
+    for split, fewest in (("train", FEWEST), ("test", FEWEST_JUDGED)):
+        if (found := counts["queries"].get(split, 0)) < fewest:
+            raise ValueError(
+                f"Only {found} {split} queries came of {counts['documents']} documents; {fewest} are needed. Give more "
+                f"documents, more --queries-per-document, or another --generator, and remove {mined.parent}; "
+                "mined/mine.json there tells what the filters left out."
+            )
+
+
+def results_in(work: Path, when: str) -> dict:
+    return json.loads((work / f"evaluation_{when}" / "results.json").read_text(encoding="utf-8"))
+
+
+def run_steps(stages: list[Stage], plan: dict, work: Path, seed: int) -> dict[str, Any]:
+    """Run the stages under one bar. -> the verdict, early where what was judged before says that training is no use."""
+    steps = Steps({stage.name: plan["seconds"].get(STEPS.get(stage.name, ("",))[0], 1.0) for stage in stages})
+    bar = Bar(steps, {name: title for name, (_, title) in STEPS.items()}, work / PROGRESS)
+    with bar.shown():
+        for stage in stages:
+            with bar.step(stage.name, work / LOG):
+                ran = run_stage(stage, stages, launch_here)
+            steps.end(time.monotonic(), taken_over=not ran)
+            if stage.name == "1_mine":
+                check_queries(work / "mined")
+            if stage.name == "2_evaluate_before":
+                before = results_in(work, "before")
+                if why := words_of.no_use(before, plan["system"], seed):
+                    queries = len(words_of.values(before, "general"))
+                    return {"queries": queries, "better": False, "not_tried": why}
+    return words_of.judge(results_in(work, "before"), results_in(work, "after"), seed)
+
+
+def write_output(args: AdaptArguments, plan: dict, verdict: dict, work: Path, out: Path) -> None:
+    """Build the better of the two models, with a card that says which it is."""
+    counts = json.loads((work / "mined" / "mine.json").read_text(encoding="utf-8"))
+    how = (
+        f"{counts['documents']:,} documents without labels, {sum(counts['queries'].values()):,} queries written by "
+        f"`{args.generator}`, candidates scored by {plan['teacher']}."
     )
-    if verdict["better"]:
-        return f"Better. {facts} {output} holds the adapted model."
-    if verdict["queries"] < FEWEST_JUDGED:
-        return f"Too few queries to tell. {facts} {output} holds the model as it was."
-    worse = "Worse" if high < 0 else "No clear gain"
-    return f"{worse}. {facts} {output} holds the model as it was."
-
-
-def card(args: AdaptArguments, counts: dict[str, Any], words: str, table: str) -> str:
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-ranking
-tags: [reranker, cross-encoder, custom_code, sentence-transformers]
----
-
-# {Path(args.output).name}
-
-Made from {args.model} by `querit adapt` on {counts["documents"]:,} documents without labels:
-{counts["queries"]:,} queries written by `{args.generator}`, candidates scored by {args.teacher or "the model itself"}.
-
-{words} The queries that judged were written in the same way as those of the training; people's own may be different.
-
-{table}
-"""
+    found = [work / f"evaluation_{when}" / "results.md" for when in ("before", "after")]
+    tables = [path.read_text(encoding="utf-8") for path in found if path.exists()]
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
+    chosen, revision = (str(work / "merged"), None) if verdict["better"] else (args.model, args.revision)
+    readme = words_of.card(args.model, args.output, how, verdict, tables)
+    built = work / "built"
+    build(chosen, built, readme, max_length=tokenizer.model_max_length, revision=revision)
+    write_json(work / VERDICT, {"request": plan["request"], "verdict": verdict})
+    built.rename(out)
+    for name in (
+        "adapted",
+        "merged",
+    ):  # large, and the better one is in `out`; what was mined and scored may serve again
+        rmtree(work / name, ignore_errors=True)
 
 
 def adapt(args: AdaptArguments) -> dict[str, Any]:
     """Write the better of the adapted and the given model to `args.output`. -> the verdict.
 
-    It stands in `<output>.work/adaptation.json` too, beside the queries and scores.
+    It stands in `<output>.work/adaptation.json` too, beside the YAMLs, the queries and the scores.
 
     Raises ValueError for documents, models and budgets that cannot be used, FileExistsError if the output is there.
     """
     out = Path(args.output)
-    work = out.with_name(f"{out.name}.work")
+    work = out.with_name(f"{out.name}.work").resolve()
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another output, or move it away.")
-    sample: list[dict] = []
-    documents = 0
-    for document in read_documents(args.documents):
-        documents += 1
-        if len(sample) < SAMPLE:
-            sample.append(document)
-    if documents < FEWEST:
-        raise ValueError(f"{args.documents} has {documents} documents; an adaptation needs some hundreds.")
-    generator = generator_entry(args.generator)
-    entry = {"model": args.teacher or args.model}
-    if revision := args.teacher_revision if args.teacher else args.revision:
-        entry["revision"] = revision
-    (teacher,) = read_teachers([entry])
-    bi_encoder = teacher.kind == "bi-encoder"
-    first_stage = teacher.model if bi_encoder else BM25
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision or "main")
-    max_length = min(tokenizer.model_max_length, 512)
-    passage_tokens = max_length - 48
-
-    # What is asked for is fixed once: a run that goes on must not measure another speed and ask other documents.
-    plan_file = work / "plan.json"
-    request = asdict(args) | {"output": out.name, "documents": content_hash(args.documents)}
-    request |= {"model": fingerprint(args.model, args.revision), "teacher": fingerprint(teacher.model, revision)}
-    if not plan_file.exists():
-        cut = cut_passages(tokenizer, [joined(document) for document in sample], passage_tokens, PASSAGES)
-        pace = measure_pace(args, teacher, generator, sample, list(chain(*cut)), documents)
-        queries = pace.affordable_queries(args.budget_minutes)
-        if queries < FEWEST:
-            raise ValueError(
-                f"{args.budget_minutes:g} minutes are too few: a pair takes {1000 * pace.model:.1f} ms here, for the "
-                f"teacher {1000 * pace.teacher:.1f}, encoding the documents {pace.corpus:.0f} s, writing for a query "
-                f"{pace.generator:.1f} s. Give --budget-minutes {math.ceil(pace.minutes_needed(FEWEST))}."
-            )
-        write_aside(plan_file, json.dumps({"request": request, "queries": queries}, indent=1) + "\n")
-    plan = json.loads(plan_file.read_text(encoding="utf-8"))
-    if changed := [key for key, value in request.items() if plan["request"].get(key) != value]:
-        raise ValueError(
-            f"{work} belongs to another request ({', '.join(changed)} changed). Remove it, or name another output."
-        )
-
-    mined = work / "mined"
-    if not mined.exists():
-        mine.main(
-            mine.MineArguments(
-                documents=args.documents,
-                output_dir=str(mined),
-                generators=[generator],
-                sample=math.ceil(ASKED * plan["queries"] / args.queries_per_document),
-                queries_per_document=args.queries_per_document,
-                held_aside=0.2,
-                retriever=first_stage,
-                retriever_revision=args.teacher_revision if first_stage != BM25 else args.revision,
-                retriever_tokenizer=args.model if first_stage == BM25 else None,
-                seed=args.seed,
-            )
-        )
-    counts = json.loads((mined / "mine.json").read_text(encoding="utf-8"))
-    for split, fewest in (("train", FEWEST), ("test", FEWEST_JUDGED)):
-        if counts["queries"].get(split, 0) < fewest:
-            raise ValueError(
-                f"Only {counts['queries'].get(split, 0)} {split} queries came of {documents} documents; {fewest} are "
-                "needed. Give more documents, more --queries-per-document, or another --generator, and remove "
-                f"{work}; mined/mine.json there tells what the filters left out."
-            )
-    scored = work / "scored.parquet"
-    if not scored.exists():
-        score.main(
-            score.ScoreArguments(
-                output=str(scored),
-                targets={"documents": {"folders": [str(mined)], "split": "train", "queries": plan["queries"]}},
-                teachers=[entry],
-                retriever=first_stage,
-                retriever_revision=args.teacher_revision if first_stage != BM25 else None,
-                tokenizer=args.model,
-                tokenizer_revision=args.revision,
-                top_k=TOP_K,
-                candidates=CANDIDATES - 1,
-                passage_tokens=passage_tokens,
-                passages_per_document=PASSAGES,
-                seed=args.seed,
-            )
-        )
-    adapted, merged = work / "adapted", work / "merged"
-    if not (adapted / "trainer_state.json").exists():
-        script = train.ScriptArguments(
-            model_name_or_path=args.model,
-            model_revision=args.revision,
-            train_data=str(scored),
-            loss="kl",
-            attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
-            freeze=["embed"],
-        )
-        train.main(script, training_config(args, adapted, max_length))
-    if not merged.exists():
-        revisions = {args.model: args.revision} if args.revision else {}
-        merge(MergeArguments(models=[args.model, str(adapted)], output_dir=str(merged), revisions=revisions))
-    # Another teacher has no part in this: it may be another commit of the model's own repo.
-    measured = {args.model: args.revision} | ({teacher.model: teacher.revision} if bi_encoder else {})
-    results = evaluate(
-        EvaluateArguments(
-            models={"general": args.model, "adapted": str(adapted), "merged": str(merged)},
-            output_dir=str(work / "evaluation"),
-            data=[str(mined)],
-            split="test",
-            retriever=first_stage,
-            revisions={model: commit for model, commit in measured.items() if commit},
-            top_k=TOP_K,
-            max_queries=JUDGED,
-            max_length=max_length,
-            fused=False,
-            seed=args.seed,
-        )
-    )
-    verdict = judge(results, args.seed)
-    words = in_words(verdict, args.output)
-    table = (work / "evaluation" / "results.md").read_text(encoding="utf-8")
-    readme = card(args, {"documents": counts["documents"], "queries": sum(counts["queries"].values())}, words, table)
-    built = work / "built"
-    chosen, revision = (str(merged), None) if verdict["better"] else (args.model, args.revision)
-    build(chosen, built, readme, max_length=tokenizer.model_max_length, revision=revision)
-    write_aside(work / "adaptation.json", json.dumps({"request": request, "verdict": verdict}, indent=1) + "\n")
-    built.rename(out)
-    for folder in (adapted, merged):  # large, and the better one is in `out`; what was mined and scored may serve again
-        rmtree(folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    goes_on = (work / PLAN).exists()
+    if not goes_on:
+        make_plan(args, work)
+    plan = read_plan(args, work)
+    print(plan["words"])
+    stages = read_stages(work)
+    if goes_on:
+        kept = [STEPS[stage.name][1].lower() for stage in stages if stage.name in STEPS and not state_of(stage)[0]]
+        print(f"Going on in {work}. Taken over from before: {', '.join(kept) or 'the plan'}.")
+    else:
+        print(f"Each step is a YAML in {work}; to change something, edit it and give the same command again.")
+    try:
+        verdict = run_steps(stages, plan, work, args.seed)
+        write_output(args, plan, verdict, work, out)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was done is kept in {work}: the same command goes on from there.", file=sys.stderr)
+        raise
+    words = words_of.in_words(verdict, args.output)
     print(words)
     return verdict

@@ -6,8 +6,6 @@ Querit reads its score at `[CLS]`, which Qwen3 and DeepSeek-V3 do not have. Its 
 rows, as transformers draws it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 """
 
-import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 from trl import TrlParser
 
 from modeling_querit.prompting_querit import PromptEncoder
-from recipes.records import already_made
-from recipes.shards import write_aside
+from querit.files import appears_whole, write_json
+from recipes.lib.records import already_made
 
 CLS = "[CLS]"
 REPORT = "backbone.json"
@@ -46,12 +44,10 @@ def main(args: BackboneArguments) -> None:
     if len(tokenizer) > rows:  # some backbones have rows to spare
         torch.manual_seed(args.seed)
         model.resize_token_embeddings(len(tokenizer))
-    aside = out.with_name(out.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    write_aside(aside / REPORT, json.dumps({"settings": asdict(args)}, indent=1) + "\n")
-    aside.rename(out)
+    with appears_whole(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / REPORT, {"settings": asdict(args)})
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {size:,} parameters, {max(rows, len(tokenizer)):,} rows, {CLS} is {tokenizer.vocab[CLS]}")
 

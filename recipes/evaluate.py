@@ -11,7 +11,6 @@ measured anew. Then come `results.json`, with the values of every query, and the
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -27,11 +26,11 @@ from mteb.models import SearchCrossEncoderWrapper
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from recipes import retrieval
-from recipes.judged_sets import METRIC, drop_unlisted, has_candidates, judged_sets, load, part_name, parts_of
-from recipes.results import BASE, mean_and_interval, table
-from recipes.shards import write_aside
-from recipes.systems import (
+from querit.files import appears_whole, write_json, write_text
+from recipes.lib import retrieval
+from recipes.lib.judged_sets import METRIC, drop_unlisted, has_candidates, judged_sets, load, part_name, parts_of
+from recipes.lib.results import BASE, mean_and_interval, table
+from recipes.lib.systems import (
     BM25,
     GivenRuns,
     QueritCrossEncoder,
@@ -131,16 +130,14 @@ def first_stage(task: AbsTaskRetrieval, encoder: Any, tokenizer: Any, folder: Pa
     Without an encoder BM25 is the retriever.
     """
     task = load(task, args.max_queries, args.seed)
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     parts = parts_of(task).values()
     counts = {"queries": sum(len(p["queries"]) for p in parts), "documents": sum(len(p["corpus"]) for p in parts)}
     systems = {"BM25": measure(BM25(tokenizer), task)[0]} if encoder else {}
     drop_unlisted(task)
-    systems[BASE] = measure(encoder or BM25(tokenizer), task, aside)[0]
-    write_aside(aside / "measured.json", json.dumps({**counts, "systems": systems}, ensure_ascii=False))
-    aside.rename(folder)
+    with appears_whole(folder) as whole:
+        whole.mkdir()
+        systems[BASE] = measure(encoder or BM25(tokenizer), task, whole)[0]
+        write_json(whole / "measured.json", {**counts, "systems": systems})
 
 
 def rerank(
@@ -200,9 +197,10 @@ def reranked(
             ranker = ranker or QueritCrossEncoder(
                 weights.path, weights.revision, max_length=args.max_length, dtype=args.dtype
             )
-            write_aside(part, json.dumps(rerank(task, ranker, folders[name], args), ensure_ascii=False))
+            write_json(part, rerank(task, ranker, folders[name], args))
         found[name] = json.loads(part.read_text(encoding="utf-8"))
-        print(name, weights.path, {kind: round(100 * x["score"], 1) for kind, x in found[name].items()}, flush=True)
+        points = [f"{100 * measured['score']:.1f}{kind}" for kind, measured in found[name].items()]
+        print(f"{name}: {weights.path} has {' and '.join(points)}", flush=True)
     return found
 
 
@@ -265,8 +263,8 @@ def evaluate(args: EvaluateArguments) -> dict:
         }
     results["mean"] = mean_and_interval(results["sets"], args.seed)
     out = Path(args.output_dir)
-    write_aside(out / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-    write_aside(out / "results.md", table(results))
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", table(results))
     return results
 
 

@@ -8,7 +8,6 @@ The data sets are laid out as mteb lays them out (subsets `corpus`, `queries`, `
 
 import csv
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
 from tqdm import tqdm
 from trl import TrlParser
 
-from recipes.documents import stable_hash
-from recipes.records import already_made
-from recipes.shards import write_aside
+from querit.files import appears_whole, write_json
+from recipes.lib.documents import stable_hash
+from recipes.lib.records import already_made
 
 KEYS = {"path", "revision", "config", "split", "documents", "documents_only"}
 REPORT = "fetch.json"
@@ -79,11 +78,9 @@ def main(args: FetchArguments) -> None:
     folders = {name: Path(args.output_dir) / name for name in args.datasets}
     for name in [name for name, entry in args.datasets.items() if not already_made(folders[name], entry, REPORT)]:
         entry, folder = args.datasets[name], folders[name]
-        aside = folder.with_name(f"{name}.writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        write_beir(entry, aside)
-        write_aside(aside / REPORT, json.dumps({"settings": entry}, indent=1) + "\n")
-        aside.rename(folder)
+        with appears_whole(folder) as whole:
+            write_beir(entry, whole)
+            write_json(whole / REPORT, {"settings": entry})
         print(f"{folder}: {entry['path']} at {entry['revision']}", flush=True)
 
 

@@ -36,8 +36,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 
+from hub_card.convert import check_weight_files
 from modeling_querit.modeling_querit import QueritForSequenceClassification
-from recipes.shards import file_hash
+from querit.files import appears_whole, file_hash, write_json
 
 METHODS = ("slerp", "linear", "multislerp", "karcher")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -193,9 +194,9 @@ def check_alike(models: list[Checkpoint]) -> None:
         absent = object()
         differing = [key for key in {**first, **other} if first.get(key, absent) != other.get(key, absent)]
         if differing:
-            told = [f"{key} ({short(first.get(key))} against {short(other.get(key))})" for key in differing]
+            differences = [f"{key} ({short(first.get(key))} against {short(other.get(key))})" for key in differing]
             raise ValueError(
-                f"{models[0].name} and {model.name} cannot be merged; they differ in {some(told)}. "
+                f"{models[0].name} and {model.name} cannot be merged; they differ in {some(differences)}. "
                 "Merge checkpoints that were trained from the same base with the same tokenizer."
             )
 
@@ -283,8 +284,8 @@ def check_merged(merged: Checkpoint, models: list[Checkpoint], weights: list[flo
     expected = models[0].shapes
     if lost := [name for name in expected if name not in merged.shapes]:
         experts = [name for name in lost if ".experts." in name]
-        told = f"{len(experts)} tensors of routed experts: {some(experts)}" if experts else some(lost)
-        raise ValueError(f"{merged.name} lost {len(lost)} tensors, {told}.")
+        names = f"{len(experts)} tensors of routed experts: {some(experts)}" if experts else some(lost)
+        raise ValueError(f"{merged.name} lost {len(lost)} tensors, {names}.")
     if strange := [name for name, shape in merged.shapes.items() if expected.get(name) != shape]:
         raise ValueError(f"{merged.name} has {some(strange)}, which no model has in that shape.")
     for name, (out, *tensors) in tensors_of([merged, *models], "checking"):
@@ -347,25 +348,27 @@ def report_of(models: list[Checkpoint], steps: list[Step]) -> dict[str, Any]:
     """
     tensors, parameters = len(models[0].shapes), sum(map(math.prod, models[0].shapes.values()))
     print(f"Merged {', '.join(model.name for model in models)}: {tensors:,} tensors, {parameters:,} parameters")
-    told = []
+    reports = []
     for step in steps:
         differing = tensors - step.identical_tensors
         share = step.linear_tensors / max(1, differing)
         of_parameters = step.linear_parameters / max(1, parameters - step.identical_parameters)
         shares = {"linear_share_of_differing_tensors": share, "linear_share_of_differing_parameters": of_parameters}
-        told.append(vars(step) | shares)
+        reports.append(vars(step) | shares)
         print(
             f"  + {step.model}, t {step.t:.3f}: |cos| > {LINEAR_COSINE}, so linear, for {step.linear_tensors:,} of the "
             f"{differing:,} tensors that differ ({share:.1%}; {of_parameters:.1%} of their parameters); "
             f"{step.identical_tensors:,} identical"
         )
-    return {"tensors": tensors, "parameters": parameters, "steps": told, "mergekit": version("mergekit")}
+    return {"tensors": tensors, "parameters": parameters, "steps": reports, "mergekit": version("mergekit")}
 
 
 def main(args: MergeArguments) -> None:
     check_arguments(args)
     ratios, weights = steps_and_weights(args)
     folders = [fetch(model, args.revisions.get(model)) for model in args.models]
+    for folder in folders:
+        check_weight_files(folder)
     models = [open_checkpoint(name, folder) for name, folder in zip(args.models, folders, strict=True)]
     inputs = [
         {"model": model.name, "revision": args.revisions.get(model.name), "sha256": hashes(model.folder)}
@@ -383,20 +386,13 @@ def main(args: MergeArguments) -> None:
         check_whole(model)
     check_alike(models)
 
-    aside = out.with_name(out.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    try:
-        aside.mkdir(parents=True)
+    with appears_whole(out) as folder:
+        folder.mkdir()
         steps = [Step(model, t) for model, t in zip(args.models[1:], ratios, strict=False)]
-        merge_weights(models, args.method, steps, weights, DTYPES[args.dtype], aside)
-        copy_files(models, aside)
-        check_merged(open_checkpoint("the merge", aside), models, weights)
-        report = {**wanted, **report_of(models, steps), "sha256": hashes(aside)}
-        (aside / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        aside.rename(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        merge_weights(models, args.method, steps, weights, DTYPES[args.dtype], folder)
+        copy_files(models, folder)
+        check_merged(open_checkpoint("the merge", folder), models, weights)
+        write_json(folder / REPORT, {**wanted, **report_of(models, steps), "sha256": hashes(folder)})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m recipes.mine --config recipes/querit-nano/2_mine.yaml
 
-A sample of the documents is asked, by every generator (recipes.generators). Filters leave out what is no search query
-for just that document; `mine.json` counts each: see `why_dropped` in recipes.queries, and here duplicates, queries that
-several documents gave, and the round trip: queries that do not bring their own document back among the retriever's
-first; and the documents that a server refused. A run that was stopped goes on; its pieces stand in `<output_dir>.work`.
+A sample of the documents is asked, by every generator (recipes.lib.generators). Filters leave out what is no search
+query for just that document; `mine.json` counts each: see `why_dropped` in recipes.lib.queries, and here duplicates,
+queries that several documents gave, and the round trip: queries that do not bring their own document back among the
+retriever's first; and the documents that a server refused. A run that was stopped goes on; its pieces stand in
+`<output_dir>.work`.
 """
 
 import heapq
@@ -23,13 +24,23 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from trl import TrlParser
 
-from recipes.crops import count_terms
-from recipes.data import read_jsonl
-from recipes.documents import detect_language, joined, read_documents, stable_hash
-from recipes.generators import REFUSED, CropSettings, OpenAISettings, QueryWriter, all_refused, name_of, read_settings
-from recipes.queries import normalise
-from recipes.records import already_made, content_hash, what_counts
-from recipes.shards import read_rows, run_shards, write_aside, write_items
+from querit.files import appears_whole, content_hash, write_json, write_text
+from querit.text import joined, left_out
+from recipes.lib.crops import count_terms
+from recipes.lib.data import read_jsonl
+from recipes.lib.documents import detect_language, read_documents, stable_hash
+from recipes.lib.generators import (
+    REFUSED,
+    CropSettings,
+    OpenAISettings,
+    QueryWriter,
+    all_refused,
+    name_of,
+    read_settings,
+)
+from recipes.lib.queries import normalise
+from recipes.lib.records import already_made, what_counts
+from recipes.lib.shards import read_rows, run_shards, write_items
 
 ITEMS = pa.schema(
     {"row": pa.int64(), "id": pa.string(), "title": pa.string(), "text": pa.string(), "language": pa.string()}
@@ -59,11 +70,14 @@ FILTERS = (
 
 @dataclass
 class MineArguments:
-    documents: str = field(metadata={"help": "BEIR folder, .jsonl(.gz), .csv, .tsv, or folder of .txt and .md files."})
+    documents: str = field(
+        metadata={"help": "Folder or file: text, Markdown, HTML, JSON(L), CSV, TSV; each also as .gz."}
+    )
     output_dir: str = field(metadata={"help": "BEIR folder to write; it appears only when complete."})
     generators: list[dict] = field(
-        metadata={"help": "What writes queries: {kind: crop|local|openai, ...}; keys: see recipes.generators."}
+        metadata={"help": "What writes queries: {kind: crop|local|openai, ...}; keys: see recipes.lib.generators."}
     )
+    column: str = field(default="text", metadata={"help": "Column or key that holds the text."})
     sample: int | None = field(default=None, metadata={"help": "Documents asked; all if not given."})
     queries_per_document: int = field(default=3, metadata={"help": "Most queries a generator gives of a document."})
     languages: list[str] | None = field(
@@ -128,16 +142,14 @@ def copy_corpus(args: MineArguments, path: Path, counts: Counter[str]) -> tuple[
     Those with the lowest hashes of seed and id are taken, so that neither order nor file form matters.
     """
     asked, counted = Lowest(args.sample), Lowest(TERM_DOCUMENTS)
-    aside = path.with_name(path.name + ".writing")
-    with open(aside, "w", encoding="utf-8") as file:
-        for document in tqdm(read_documents(args.documents, counts), desc="documents", unit="document"):
+    with appears_whole(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        for document in tqdm(read_documents(args.documents, counts, args.column), desc="documents", unit="document"):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
             number = stable_hash(args.seed, document["_id"])
             counted.put(number)
             if args.sample is not None and number <= asked.limit and language_of(document, args.languages):
                 asked.put(number)
             counts["documents"] += 1
-    aside.replace(path)
     return asked.limit, counted.limit
 
 
@@ -164,9 +176,8 @@ def asked_documents(folder: Path, limit: int, args: MineArguments, counts: Count
 def write_terms(folder: Path, limit: int, args: MineArguments, path: Path) -> None:
     """Count the words of the documents up to this hash, for the crops."""
     chosen = (d for d in read_jsonl(folder, "corpus") if stable_hash(args.seed, d["_id"]) <= limit)
-    aside = path.with_name("writing.npy")
-    np.save(aside, count_terms(joined(document) for document in tqdm(chosen, desc="words", unit="document")))
-    aside.replace(path)
+    with appears_whole(path) as aside, open(aside, "wb") as file:
+        np.save(file, count_terms(joined(document) for document in tqdm(chosen, desc="words", unit="document")))
 
 
 def write_queries(args: MineArguments, work: Path) -> list[Path]:
@@ -230,7 +241,7 @@ class RoundTrip:
     """A worker of `run_shards`: marks the queries that do not bring their own document back."""
 
     def __init__(self, index: str, top_k: int):
-        from recipes.retrieval import Bm25Index, load_index  # heavy, and not needed without a round trip
+        from recipes.lib.retrieval import Bm25Index, load_index  # heavy, and not needed without a round trip
 
         self.index, self.top_k = load_index(index), top_k
         self.is_bm25 = isinstance(self.index, Bm25Index)
@@ -247,7 +258,7 @@ class RoundTrip:
 
 def round_trip(args: MineArguments, folder: Path, work: Path) -> Path:
     """-> the folder of shards of the queries, marked."""
-    from recipes.retrieval import build_index
+    from recipes.lib.retrieval import build_index
 
     index, output = work / "index", work / "round-trip"
     build_index(
@@ -283,7 +294,7 @@ def write_folder(queries: Iterable[dict], folder: Path, counts: dict[str, Counte
             totals.update([split, f"kind_{query['kind']}", f"language_{query['language']}"])
     for split, lines in qrels.items():
         if lines:
-            write_aside(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + "".join(lines))
+            write_text(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + "".join(lines))
     return totals
 
 
@@ -306,7 +317,8 @@ def report(counts: Counter[str], names: list[str], filters: dict[str, Counter[st
         "queries_by_kind": part(totals, "kind_"),
         "queries_by_language": part(totals, "language_"),
     }
-    print(f"{counts['documents']:,} documents ({counts['empty']:,} more were empty), {counts['asked']:,} asked")
+    left = left_out(counts)
+    print(f"{counts['documents']:,} documents{f' (left out: {left})' if left else ''}, {counts['asked']:,} asked")
     for name, generator in generators.items():
         dropped = ", ".join(f"{n:,} {f}" for f, n in generator["dropped"].items() if n) or "none"
         print(f"{name}: {generator['written']:,} queries written, {generator['kept']:,} kept; dropped: {dropped}")
@@ -350,7 +362,7 @@ def main(args: MineArguments) -> None:
         raise ValueError(
             f"No query is left, so {out} is not written. What was written stands in {work}, with the reasons."
         )
-    write_aside(folder / REPORT, json.dumps({**summary, "settings": asdict(args)}, indent=1) + "\n")
+    write_json(folder / REPORT, {**summary, "settings": asdict(args)})
     folder.rename(out)
     shutil.rmtree(work)
     print(f"{out}: {totals['train']:,} queries to train with, {totals['test']:,} held aside")

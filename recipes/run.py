@@ -3,11 +3,11 @@
     python -m recipes.run recipes/querit-nano --dry-run
     python -m recipes.run recipes/querit-nano [--from STAGE] [--only STAGE] [--accelerate FILE]
 
-A stage is a YAML file; its name tells the script that reads it (recipes.stages), and its `output` or `output_dir` is
-what it makes. A stage whose config names another's output comes after it; file names settle the rest. Beside each
-output stands a record of its config, code and inputs (recipes.records): a stage runs where one of them changed, or the
-output did. What it then replaces is moved into `old/` beside the output, never deleted. Paths are relative to the
-current folder. To make an output anew, delete it.
+A stage is a YAML file; its name tells the script that reads it (recipes.lib.stages), and its `output` or `output_dir`
+is what it makes. A stage whose config names another's output comes after it; file names settle the rest. Beside each
+output stands a record of its config, code and inputs (recipes.lib.records): a stage runs where one of them changed,
+or the output did. What it then replaces is moved into `old/` beside the output, never deleted. Paths are relative to
+the current folder. To make an output anew, delete it.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from recipes.estimates import Estimate, estimate, in_words
-from recipes.records import content_hash, difference, move_aside, read_record, write_record
-from recipes.stages import ARGUMENTS, Stage, is_within, read_stages
+from querit.files import content_hash, read_record, write_record
+from recipes.lib.estimates import Estimate, estimate, in_words
+from recipes.lib.records import difference, move_aside
+from recipes.lib.stages import ARGUMENTS, Stage, is_within, read_stages
 
 REUSING = ("evaluate",)  # what it has measured is stored under all that it depends on: another config may build on it
 LIBRARIES = ("torch", "transformers", "trl", "sentence-transformers", "datasets", "accelerate")

@@ -8,10 +8,10 @@ mapped to [0, 1] (min-max), several teachers are averaged, and the known relevan
     label = (1 - relevance_weight) * mean over teachers of minmax(score) + relevance_weight * relevant
 
 Candidates are drawn over the whole range of scores: `bins` equal intervals, filled ones visited in random order, so
-that easy and hard ones are all there (Querit's 16 bins). The folders of a target form one pool (see recipes/targets.py)
+that easy and hard ones are all there (Querit's 16 bins). The folders of a target form one pool (recipes.lib.targets)
 in which a twin of the positive in another language is a positive.
 
-Queries are scored in shards (see recipes/shards.py), on one process, several or Ray. What is in the making stands in
+Queries are scored in shards (recipes.lib.shards), on one process, several or Ray. What is in the making stands in
 `<output>.work`; a run that was stopped goes on from there, to the same output.
 """
 
@@ -30,11 +30,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from recipes.records import already_made, write_parquet
-from recipes.retrieval import BM25, build_index, load_index
-from recipes.shards import ENGINES, Rows, file_hash, run_shards
-from recipes.targets import Passages, Target, prepare, read_target
-from recipes.teachers import Teacher, load_teacher, mean_minmax, read_teachers
+from querit.files import file_hash
+from recipes.lib.records import already_made, write_parquet
+from recipes.lib.retrieval import BM25, build_index, load_index
+from recipes.lib.shards import ENGINES, Rows, run_shards
+from recipes.lib.targets import Passages, Target, prepare, read_target
+from recipes.lib.teachers import Teacher, load_teacher, mean_minmax, read_teachers
 
 SELECTIONS, LABELS = ("bins", "hardest"), ("soft", "hard")
 SCORED = pa.schema(
@@ -111,6 +112,8 @@ class FirstStage:
 def first_stage(args: ScoreArguments, teachers: list[Teacher]) -> FirstStage:
     if args.retriever is None and teachers[0].kind != "bi-encoder":
         raise ValueError(f"The first teacher is a {teachers[0].kind}: give retriever, a bi-encoder or bm25.")
+    if args.retriever != BM25 and any(teacher.kind == BM25 for teacher in teachers):
+        raise ValueError("bm25 is a teacher only where it is the retriever, too: set retriever: bm25.")
     retriever = args.retriever or teachers[0].model
     tokenizer = args.tokenizer or (retriever if retriever != BM25 else teachers[0].model)
     if args.tokenizer is None and retriever == BM25 and teachers[0].url:
@@ -228,8 +231,9 @@ def score_target(name: str, target: Target, folder: Path, teachers: list[Teacher
     build_index(passages.column("text"), first.retriever, folder / "index", **known, **options)
     indexes: list[Path | None] = []
     for number, teacher in enumerate(teachers):
-        index = folder / "index" if teacher.kind == "bi-encoder" else None
-        if index and (teacher.model, teacher.revision) != (first.retriever, first.revision):
+        index = folder / "index" if teacher.kind in ("bi-encoder", BM25) else None
+        own_index = (teacher.model, teacher.revision) != (first.retriever, first.revision)
+        if index and teacher.kind != BM25 and own_index:
             index = folder / f"teacher-{number}"
             own: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
             build_index(passages.column("text"), teacher.model, index, **own, **options)
@@ -244,16 +248,15 @@ def score_target(name: str, target: Target, folder: Path, teachers: list[Teacher
     return scored
 
 
-def gather(scored: list[Path], cache: Path, args: ScoreArguments) -> None:
-    """Mix the rows of all shards into one Parquet file; they are mapped from disk, not held in memory."""
-    output = Path(args.output)
+def gather(scored: list[Path], cache: Path, output: Path, settings: dict) -> None:
+    """Mix the rows of all shards into one Parquet file, by the settings' seed; they are mapped, not held in memory."""
     shards = [path for folder in scored for path in sorted(folder.glob("shard-*.parquet"))]
     files = [str(path) for path in shards if pq.read_metadata(path).num_rows]
     if not files:
         raise ValueError("No query has candidates: the folders need judged queries, or the targets `crops`.")
     shutil.rmtree(cache, ignore_errors=True)  # half of one, if a run was killed here
-    rows = Dataset.from_parquet(files, cache_dir=str(cache)).shuffle(seed=args.seed, keep_in_memory=True)
-    write_parquet(rows, output, asdict(args))
+    rows = Dataset.from_parquet(files, cache_dir=str(cache)).shuffle(seed=settings["seed"], keep_in_memory=True)
+    write_parquet(rows, output, settings)
     pairs = pc.sum(pc.list_value_length(pq.read_table(output, columns=["labels"])["labels"]))
     print(f"{output}: {len(rows):,} queries, {pairs.as_py():,} pairs")
 
@@ -266,7 +269,7 @@ def main(args: ScoreArguments) -> None:
     if not already_made(output, asdict(args)):
         teachers = read_teachers(args.teachers)
         scored = [score_target(name, target, work / name, teachers, args) for name, target in targets.items()]
-        gather(scored, work / "cache", args)
+        gather(scored, work / "cache", output, asdict(args))
     shutil.rmtree(work, ignore_errors=True)
 
 

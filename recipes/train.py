@@ -17,20 +17,22 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import RewardConfig, RewardTrainer, TrlParser
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from trl import RewardConfig, TrlParser
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
-from recipes.records import content_hash
-from recipes.shards import write_aside
+from querit.files import content_hash, write_json
+from recipes.lib.backbones import from_backbone
+from recipes.lib.pieces import hold_english
 
 # What of TRL's config the weights depend on; the rest says how it is logged, stored and computed.
 DECIDING = (
     "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
-    "train_sampling_strategy", "bf16", "seed",
+    "train_sampling_strategy", "bf16", "disable_dropout", "seed",
 )  # fmt: skip
+LOSSES = ("margin", "kl", "distil")
 STATE = "trainer_state.json"  # in every checkpoint, and beside the final weights, which it is written after
 WEIGHTS = "model*.safetensors"  # large ones stand in several files
 
@@ -42,9 +44,20 @@ class ScriptArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Commit of a model from the Hub."})
     pooling: str | None = field(default=None, metadata={"help": "Read-out of a new head: last, cls or mean."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager is the fastest on CPUs, sdpa elsewhere."})
-    loss: str = field(default="margin", metadata={"help": "margin (Querit's) or kl (ListNet with soft labels)."})
+    loss: str = field(
+        default="margin",
+        metadata={"help": "margin (Querit's), kl (ListNet with soft labels) or distil (the teacher's logits)."},
+    )
     margin_scale: float = field(default=0.8, metadata={"help": "margin: wanted score gap per gap of the labels."})
     label_temperature: float = field(default=0.15, metadata={"help": "kl: softmax temperature of the labels."})
+    logit_temperature: float = field(default=2.0, metadata={"help": "distil: temperature of both softmaxes."})
+    mse_weight: float = field(default=0.02, metadata={"help": "distil: weight of the squared error of the logits."})
+    words_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the word embeddings, where it is to be another."}
+    )
+    vocabulary: str | None = field(
+        default=None, metadata={"help": "Folder of recipes.vocabulary; its English pieces' embeddings stay put."}
+    )
     freeze: list[str] = field(default_factory=list, metadata={"help": "Parameters with these in their name stay put."})
     max_groups: int | None = field(default=None, metadata={"help": "Use only the first queries of the data."})
 
@@ -72,10 +85,25 @@ def kl_loss(logits: torch.Tensor, labels: torch.Tensor, real: torch.Tensor, temp
     return F.kl_div(predicted, target, reduction="batchmean")
 
 
+def distil_loss(
+    logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor, temperature: float, mse_weight: float
+) -> torch.Tensor:
+    """KL(softmax(wanted / T) || softmax(logits / T)), mean over queries, + mse_weight * mean squared error.
+
+    The first part (Hinton et al. 2015) moves the order within a query, the second the level that a probability needs.
+    Args: `logits` and the teacher's `wanted`, `(queries, documents)`; real is False where a group is padded.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    target, predicted = (x.masked_fill(~real, lowest).div(temperature) for x in (wanted, logits))
+    divergence = F.kl_div(predicted.log_softmax(1), target.softmax(1), reduction="batchmean")
+    return divergence + mse_weight * F.mse_loss(logits[real], wanted[real])
+
+
 class GroupCollator:
     """Groups of candidates -> one padded batch of pairs, and the matrices that tell which pair is whose.
 
-    `labels` and `real` are `(queries, most documents of a query)`; pairs stand query by query.
+    `labels` and `real` are `(queries, most documents of a query)`; pairs stand query by query. `token_type_ids` are
+    there where the groups have them.
     """
 
     def __init__(self, pad_token_id: int):
@@ -89,65 +117,93 @@ class GroupCollator:
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = row
             attention_mask[index, : len(row)] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "token_type_ids" in groups[0]:
+            types = [torch.tensor(ids) for group in groups for ids in group["token_type_ids"]]
+            batch["token_type_ids"] = torch.zeros_like(input_ids)
+            for index, row in enumerate(types):
+                batch["token_type_ids"][index, : len(row)] = row
         labels = torch.zeros(len(groups), most)
         real = torch.zeros(len(groups), most, dtype=torch.bool)
         for index, group in enumerate(groups):
             labels[index, : len(group["labels"])] = torch.tensor(group["labels"])
             real[index, : len(group["labels"])] = True
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "real": real}
+        return batch | {"labels": labels, "real": real}
 
 
-class GroupTrainer(RewardTrainer):
-    """TRL's reward trainer on whole groups: n forward passes give all n (n - 1) / 2 pairs of a query."""
+def tokenize_groups(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: str) -> Dataset:
+    """Groups -> their pairs' token ids, `labels` (the column of that name), and `length`, by which batches are made.
 
-    def __init__(self, *args, script_args: ScriptArguments, **kwargs):
+    With `token_type_ids` where the tokenizer's template sets any.
+    """
+    encoder = PromptEncoder(tokenizer, max_length)
+
+    def tokenize(group: dict) -> dict:
+        pairs = encoder.encode(group["query"], group["documents"])
+        row = {"input_ids": [pair.input_ids for pair in pairs], "labels": group[labels]}
+        row["length"] = max(pair.num_tokens for pair in pairs)
+        types = [pair.token_type_ids for pair in pairs]
+        return row | ({"token_type_ids": types} if any(map(any, types)) else {})
+
+    return data.map(tokenize, remove_columns=[name for name in data.column_names if name != "labels"])
+
+
+class WordsTrainer(Trainer):
+    """transformers' trainer, with a learning rate of its own for the word embeddings, and its metrics' means logged."""
+
+    loss_is_scaled_for_ga = False  # a mean over the batch
+
+    def __init__(self, *args, script_args, **kwargs):
         self.script_args = script_args
+        self.metrics: dict[str, list[float]] = {}  # since they were last logged
         super().__init__(*args, **kwargs)
 
-    def _prepare_dataset(
-        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
-    ) -> Dataset:
-        encoder = PromptEncoder(processing_class, args.max_length or processing_class.model_max_length)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
+        self.metrics.clear()
+        super().log(logs | means, start_time)
 
-        def tokenize(group: dict) -> dict:
-            ids = [pair.input_ids for pair in encoder.encode(group["query"], group["documents"])]
-            return {"input_ids": ids, "length": max(map(len, ids))}
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or self.script_args.words_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        words = self.model.get_input_embeddings().weight  # type: ignore[union-attr,operator]
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter is not words]
+        # No decay: at each step it would shrink the words that the batch does not hold.
+        optimizer.add_param_group({"params": [words], "lr": self.script_args.words_learning_rate, "weight_decay": 0.0})
+        return optimizer
 
-        with args.main_process_first():
-            return dataset.map(tokenize, remove_columns=[c for c in dataset.column_names if c != "labels"])
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "length"]  # type: ignore[assignment]
+class GroupTrainer(WordsTrainer):
+    """On whole groups: n forward passes give all n (n - 1) / 2 pairs of a query."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if self.model.training else "eval"
-        labels, real = inputs.pop("labels"), inputs.pop("real")
+        script, labels, real = self.script_args, inputs.pop("labels"), inputs.pop("real")
         outputs = model(**inputs)
 
         def grouped(values: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(labels).masked_scatter(real, values.squeeze(-1))
 
         logits, scores = grouped(outputs.logits), grouped(outputs.score)
-        if self.script_args.loss == "margin":
-            loss = margin_loss(scores, labels, real, self.script_args.margin_scale)
+        if script.loss == "margin":
+            loss = margin_loss(scores, labels, real, script.margin_scale)
+        elif script.loss == "kl":
+            loss = kl_loss(logits, labels, real, script.label_temperature)
         else:
-            loss = kl_loss(logits, labels, real, self.script_args.label_temperature)
+            loss = distil_loss(logits, labels, real, script.logit_temperature, script.mse_weight)
 
         with torch.no_grad():
             pairs = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]
             right = (scores[:, :, None] > scores[:, None, :]) & pairs
             spread = scores[real].std() if real.sum() > 1 else scores.new_zeros(())
-        tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-        if mode == "train":
-            self._total_train_tokens += tokens
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        self._metrics[mode]["pair_accuracy"].append((right.sum() / pairs.sum().clamp(min=1)).item())
-        self._metrics[mode]["score_spread"].append(spread.item())
+        self.metrics.setdefault("pair_accuracy", []).append((right.sum() / pairs.sum().clamp(min=1)).item())
+        self.metrics.setdefault("score_spread", []).append(spread.item())
         return (loss, outputs) if return_outputs else loss
 
 
 def load_model(script: ScriptArguments, dtype: torch.dtype) -> QueritForSequenceClassification:
-    options = {
+    options: dict[str, Any] = {
         "revision": script.model_revision or "main",
         "attn_implementation": script.attn_implementation,
         "dtype": dtype,
@@ -157,7 +213,7 @@ def load_model(script: ScriptArguments, dtype: torch.dtype) -> QueritForSequence
     except ValueError as error:
         if "is no Querit reranker" not in str(error):
             raise
-    return QueritForSequenceClassification.from_backbone(script.model_name_or_path, pooling=script.pooling, **options)
+    return from_backbone(script.model_name_or_path, pooling=script.pooling, **options)
 
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
@@ -181,12 +237,12 @@ def is_finished(out: Path) -> bool:
     return state["global_step"] >= state["max_steps"] and any(out.glob(WEIGHTS))
 
 
-def check_settings(script: ScriptArguments, args: RewardConfig) -> None:
+def check_settings(script, args: RewardConfig) -> None:
     """Note what this run depends on in `training.json`; a run of other settings is neither taken up nor overwritten."""
     out = Path(str(args.output_dir))
     settings: dict[str, Any] = asdict(script) | {name: getattr(args, name) for name in DECIDING}
     for key in ("model_name_or_path", "train_data"):
-        if Path(settings[key]).exists():
+        if key in settings and Path(settings[key]).exists():
             settings[key] = content_hash(settings[key])  # a folder may move
     settings = json.loads(json.dumps(settings))
     noted, begun = out / "training.json", any(out.glob(WEIGHTS)) or any(out.glob("checkpoint-*"))
@@ -198,14 +254,49 @@ def check_settings(script: ScriptArguments, args: RewardConfig) -> None:
                 "another output_dir."
             )
     elif args.process_index == 0:
-        write_aside(noted, json.dumps(settings, indent=1) + "\n")
+        write_json(noted, settings)
+
+
+def check(script: ScriptArguments, args: RewardConfig) -> None:
+    if script.loss not in LOSSES:
+        raise ValueError(f"loss is {script.loss!r}; it must be margin, kl or distil.")
+    if math.isclose(args.learning_rate, 0):
+        raise ValueError("learning_rate is 0: nothing would be learnt.")
+    if args.n_gpu > 1:
+        raise ValueError("Several GPUs are visible: start with `accelerate launch -m recipes.train`, or show one only.")
+
+
+def prepare_model(script: ScriptArguments, args: RewardConfig) -> QueritForSequenceClassification:
+    torch.manual_seed(args.seed)  # a new head
+    model = load_model(script, torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in script.freeze))
+    if script.words_learning_rate is not None and not model.get_input_embeddings().weight.requires_grad:
+        raise ValueError("words_learning_rate is given, but freeze holds the word embeddings: leave one of them out.")
+    if script.vocabulary is not None:
+        if script.words_learning_rate is None:
+            raise ValueError("vocabulary is given: give words_learning_rate too, whose words have no weight decay.")
+        hold_english(model.get_input_embeddings().weight, script.vocabulary)  # type: ignore[arg-type]
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    return model
+
+
+def read_groups(script: ScriptArguments, args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    data = load_dataset("parquet", data_files=script.train_data, split="train")
+    if script.max_groups:
+        data = data.select(range(min(script.max_groups, len(data))))
+    labels = "scores" if script.loss == "distil" else "labels"
+    if labels not in data.column_names:
+        raise ValueError(f"{script.train_data} has no column `{labels}`, which loss: {script.loss} learns from.")
+    with args.main_process_first():
+        return tokenize_groups(data, tokenizer, args.max_length or tokenizer.model_max_length, labels)
 
 
 def main(script: ScriptArguments, args: RewardConfig) -> None:
-    if script.loss not in ("margin", "kl"):
-        raise ValueError(f"loss is {script.loss!r}; it must be margin or kl.")
-    if math.isclose(args.learning_rate, 0):
-        raise ValueError("learning_rate is 0: nothing would be learnt.")
+    check(script, args)
     check_settings(script, args)
     out = Path(str(args.output_dir))
     if is_finished(out):  # its checkpoints may be gone: without them it would be trained again, over itself
@@ -213,19 +304,17 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
             print(f"{out} is there already; delete it to make it again.")
         return
     (out / STATE).unlink(missing_ok=True)  # of an end whose weights are gone: beside half of new ones it would lie
-    torch.manual_seed(args.seed)  # the new head
-    model = load_model(script, torch.float32)
+    model = prepare_model(script, args)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, revision=script.model_revision or "main")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in script.freeze))
-    data = load_dataset("parquet", data_files=script.train_data, split="train")
-    if script.max_groups:
-        data = data.select(range(min(script.max_groups, len(data))))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    args.remove_unused_columns = False  # the collator takes them all
+    args.include_num_input_tokens_seen = "non_padding"
     trainer = GroupTrainer(
         model=model,
         args=args,
         script_args=script,
-        train_dataset=data,
+        train_dataset=read_groups(script, args, tokenizer),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id or 0),
     )

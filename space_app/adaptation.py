@@ -17,15 +17,10 @@ from space_app.limits import RefusedError
 from space_app.models import Models
 
 MINUTES = "QUERIT_SPACE_ADAPT_MINUTES"  # the longest run that a visitor may start; not set: none
-# What a run writes into its work folder, in this order, and what it does until then.
-STAGES = [
-    ("plan.json", "Measuring how fast this machine is"),
-    ("mined", "Writing queries from the documents"),
-    ("scored.parquet", "Scoring candidates for each query"),
-    ("adapted/trainer_state.json", "Training on the scores"),
-    ("merged", "Merging with the model as it was"),
-    ("evaluation/results.json", "Judging before and after on documents held aside"),
-]
+HOW_TO_ENABLE = f"""pip install "querit-reranker[recipes,space]"
+{MINUTES}=10 querit demo  # the longest run that a visitor may start
+"""
+PROGRESS = "progress.json"  # in a run's work folder: how far it is
 GRACE = 3  # times the minutes asked for, after which a run is stopped
 
 
@@ -53,20 +48,19 @@ def allowed_minutes() -> float:
     return float(os.environ.get(MINUTES) or 0)
 
 
-def stage_of(work: Path, seconds: float, minutes: float) -> Progress:
-    """How far a run is: by what stands in its folder, and within a stage by the clock."""
-    # The last that stands there: some are removed when they have served.
-    done = max((place for place, (name, _) in enumerate(STAGES, 1) if (work / name).exists()), default=0)
-    stage = STAGES[done][1] if done < len(STAGES) else "Packing"
-    clock = min(seconds / (60 * minutes), 1.0)
-    return Progress(min((done + clock) / (len(STAGES) + 1), 0.99), stage, seconds)
+def stage_of(work: Path, seconds: float) -> Progress:
+    """How far a run is, as it writes into its folder."""
+    if not (work / PROGRESS).exists():
+        return Progress(0.0, "Measuring how fast this machine is", seconds)
+    run = json.loads((work / PROGRESS).read_text(encoding="utf-8"))
+    return Progress(min(run["share"], 0.99), run["words"] or "Packing", seconds)
 
 
 def adapt(models: Models, documents: list[str], name: str, minutes: float) -> Iterator[Progress | Adapted]:
     """Run `querit adapt` in a process of its own; closing this generator ends that process and all it started."""
     limit = allowed_minutes()
     if not limit:
-        raise RefusedError("Adapting is not enabled on this page; run the command on your own machine.")
+        raise RefusedError("Adapting is turned off on this page; run the command on your own machine.")
     if not 0 < minutes <= limit:
         raise RefusedError(f"At most {limit:g} minutes can be spent here.")
     source, _, revision = models.sources[models.name(name)].partition("@")
@@ -87,12 +81,12 @@ def adapt(models: Models, documents: list[str], name: str, minutes: float) -> It
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        start, step = time.monotonic(), Progress(0.0, STAGES[0][1], 0.0)
+        start, step = time.monotonic(), stage_of(Path(f"{output}.work"), 0.0)
         while process.poll() is None:
             seconds = time.monotonic() - start
             if seconds > 60 * (GRACE * minutes + 2):
                 raise RefusedError("The run took far longer than asked for and was stopped.")
-            now = stage_of(Path(f"{output}.work"), seconds, minutes)
+            now = stage_of(Path(f"{output}.work"), seconds)
             step = now if now.share >= step.share else replace(step, seconds=seconds)
             yield step
             time.sleep(0.5)

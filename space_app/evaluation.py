@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytrec_eval
 
-from space_app.first_stage import FirstStage
+from querit.bm25 import BM25
 from space_app.inputs import JudgedSet
 from space_app.limits import Limits, RefusedError
 from space_app.models import Models
-from space_app.ranking import Request, Steps, part, rank_requests
+from space_app.ranking import Request, Steps, check_reading, part, rank_requests
 
 METRIC = "ndcg_cut_10"
 QUERIES_AT_ONCE = 8  # encoded together, so that batches are full
@@ -53,7 +53,7 @@ def set_of_examples() -> JudgedSet:
         ids = [f"{number}-{place}" for place in range(len(example["documents"]))]
         judged.queries[query] = example["query"]
         judged.corpus.update(zip(ids, example["documents"], strict=True))
-        judged.qrels[query] = {ids[place]: 1 for place in example["relevant"]}
+        judged.qrels[query] = {ids[example["answer"]]: 1}
         judged.candidates[query] = ids
     return judged
 
@@ -64,7 +64,7 @@ def candidates_of(tokenizer: Any, judged: JudgedSet, queries: list[str], top_k: 
     Equal scores are drawn by lot: the order of a file often tells which documents are relevant.
     """
     ids = list(judged.corpus)
-    bm25 = FirstStage(tokenizer, list(judged.corpus.values()))
+    bm25 = BM25(tokenizer, list(judged.corpus.values()))
     lot = np.random.default_rng(0).permutation(len(ids))
     rows = {document: row for row, document in enumerate(ids)}
     found = {}
@@ -87,8 +87,11 @@ def ndcg(orders: dict[str, list[str]], qrels: dict[str, dict[str, int]]) -> dict
     return {query: values[METRIC] for query, values in found.items()}
 
 
-def evaluate(models: Models, limits: Limits, judged: JudgedSet, model: object = None) -> Steps[Evaluation]:
+def evaluate(
+    models: Models, limits: Limits, judged: JudgedSet, model: object = None, long_documents: object = "truncate"
+) -> Steps[Evaluation]:
     name, deadline = models.name(model), time.monotonic() + limits.evaluation_seconds
+    reading = check_reading(long_documents)
     queries = sorted(judged.queries)
     if len(queries) > limits.judged_queries:
         queries = sorted(random.Random(0).sample(queries, limits.judged_queries))
@@ -101,7 +104,7 @@ def evaluate(models: Models, limits: Limits, judged: JudgedSet, model: object = 
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         together = queries[start : start + QUERIES_AT_ONCE]
         requests = [
-            Request(judged.queries[q], [judged.corpus[d] for d in before[q]], None, "truncate", name) for q in together
+            Request(judged.queries[q], [judged.corpus[d] for d in before[q]], None, reading, name) for q in together
         ]
         steps = rank_requests(models, requests, deadline)
         rankings = yield from part(steps, start / len(queries), len(together) / len(queries))

@@ -1,11 +1,18 @@
-"""The folder that is uploaded as a Hugging Face Space: this page, and the code of the models that it runs."""
+"""The folder that is uploaded as a Hugging Face Space: the page, and the code here that it runs on.
+
+A Space installs its requirements.txt before it sees the rest of its folder, and this package is in no index: so the
+folder carries the packages themselves, and requirements.txt names what those import.
+"""
 
 import shutil
+from importlib import resources
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from space_app.measured import KEPT, as_json, measured
+
+PACKAGES = ("space_app", "querit", "modeling_querit", "hub_card")  # hub_card checks the files of a model to load
 TOP = ("README.md", "requirements.txt", "app.py")  # where a Space looks for them
-IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", *TOP)
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "querit-reranker-*", *TOP)
 
 
 def export(folder: Path) -> None:
@@ -14,9 +21,11 @@ def export(folder: Path) -> None:
         raise FileExistsError(f"{folder} is there already; name another folder, or move it away.")
     aside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(ROOT / "space_app", aside / "space_app", ignore=IGNORED)
-    shutil.copytree(ROOT / "modeling_querit", aside / "modeling_querit", ignore=IGNORED)
+    for package in PACKAGES:
+        with resources.as_file(resources.files(package)) as source:
+            shutil.copytree(source, aside / package, ignore=IGNORED)
     for name in TOP:
-        shutil.copy(ROOT / "space_app" / name, aside / name)
-    shutil.copy(ROOT / "querit.py", aside / "querit.py")
+        (aside / name).write_bytes((resources.files("space_app") / name).read_bytes())
+    if found := measured():
+        (aside / "space_app" / KEPT).write_text(as_json(found), encoding="utf-8")
     aside.rename(folder)

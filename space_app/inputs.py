@@ -1,22 +1,28 @@
-"""Pasted text and dropped files become documents, or a judged set. Archives are read in memory, within limits."""
+"""Pasted text and dropped files become documents, or a judged set. Archives are read in memory, within limits.
 
-import csv
+What files hold is read by `querit.text`, as everywhere; here are the limits, and refusals that name no folder.
+"""
+
 import io
-import json
+import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modeling_querit.prompting_querit import document_text
-from space_app.limits import Limits, RefusedError, clean
+from querit.decoding import json_lines
+from querit.tables import read_table as read_delimited
+from querit.text import TEXT, as_text, clean, document_of, is_litter, joined, read_lines, read_rows, suffix_of
+from space_app.limits import Limits, RefusedError
 
 SEPARATORS = ("line", "paragraph", "section")
 SECTION = "%%%"  # a line of its own between two documents that may hold blank lines themselves
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-DOCUMENT_FILES = (".txt", ".md", *TABLES)
+DOCUMENT_FILES = (".txt", ".md", ".html", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".gz")
 JUDGED_FILES = (".zip", ".jsonl")
 MOST_ENTRIES = 200  # of an archive
+BEIR = "pack a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)."
 
 
 def split_documents(text: object, separator: str) -> list[str]:
@@ -27,7 +33,7 @@ def split_documents(text: object, separator: str) -> list[str]:
     if separator == "line":
         return [line.strip() for line in lines if line.strip()]
     if separator not in SEPARATORS:
-        raise RefusedError(f"Documents are parted by {', '.join(SEPARATORS)}.")
+        raise RefusedError(f"A document is a {', a '.join(SEPARATORS)}.")
     blocks: list[list[str]] = [[]]
     for line in lines:
         if line.strip() == (SECTION if separator == "section" else ""):
@@ -46,95 +52,70 @@ def join_documents(documents: list[str]) -> tuple[str, str]:
     return text, "section"
 
 
+@contextmanager
+def refused_in_words() -> Iterator[None]:
+    """What `querit.text` raises says what is wrong and where; there are no options here that it could name."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except ValueError as error:
+        raise RefusedError(str(error).replace(" (--column)", "")) from None
+
+
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file, and the columns that hold text. Plain text has the single column ""."""
+    """The rows of one file or several, with their places, and the columns that hold text. Plain text has none."""
 
     columns: list[str]
-    rows: list[dict[str, str]]
+    rows: list[tuple[str, Any]]
 
     @property
     def likely_column(self) -> str:
         """`text` where there is one, else the column with the longest texts."""
         for name in ("text", "document", "content", "body"):
-            if name in self.columns:
+            if name in self.columns or not self.columns:
                 return name
-        return max(self.columns, key=lambda name: sum(len(row.get(name, "")) for row in self.rows))
+        return max(self.columns, key=lambda name: sum(len(str(row.get(name, ""))) for _, row in self.rows))
 
     def documents(self, column: str) -> list[str]:
-        """As the pipeline takes rows of `text` and `title`: `"{title} {text}"`."""
-        if column not in self.columns:
+        """Title and text joined as everywhere; those without text are left out."""
+        if self.columns and column not in self.columns:
             raise RefusedError("The file has no such column; choose another one.")
-        titled = column == "text"
-        texts = [
-            document_text({"text": row.get(column, ""), "title": row.get("title") if titled else None})
-            for row in self.rows
-        ]
-        return [text for text in texts if text.strip()]
+        with refused_in_words():
+            texts = [joined(document_of(row, place, column)) for place, row in self.rows]
+        return [clean(text) for text in texts if text.strip()]
 
 
-def decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise RefusedError("The file is not UTF-8 text. Save it as UTF-8 and try again.") from None
+def read_table(paths: str | list[str], separator: str, limits: Limits) -> Table:
+    """The documents of what was dropped. One text file is split as asked; of several, each text is a document."""
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    kept = [Path(path) for path in paths if not is_litter(Path(path).name)]
+    check_size(kept, limits)
+    rows: list[tuple[str, Any]] = []
+    with refused_in_words():
+        for path in kept:
+            with path.open("rb") as file:
+                found = list(read_rows(file, path.name, whole_text=True, most_bytes=limits.file_bytes))
+            if len(kept) == 1 and suffix_of(path.name) in TEXT:
+                found = [(place, text) for place, whole in found for text in split_documents(whole, separator)]
+            rows += found
+    objects = [row for _, row in rows if isinstance(row, dict)]
+    columns = list(dict.fromkeys(name for row in objects for name, value in row.items() if holds_text(value)))
+    if not rows or (objects and not columns):
+        raise RefusedError("There are no documents in this file." if len(kept) == 1 else "There are no documents.")
+    return Table(columns if len(objects) == len(rows) else [], rows)
 
 
-def read_bytes(path: str | Path, suffixes: tuple[str, ...], limits: Limits) -> bytes:
-    if Path(path).suffix.lower() not in suffixes:
-        raise RefusedError(f"Files of this type are not read; take one of {', '.join(suffixes)}.")
-    size = Path(path).stat().st_size
+def holds_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def check_size(paths: list[Path], limits: Limits) -> None:
+    size = sum(path.stat().st_size for path in paths)
     if size > limits.file_bytes:
-        raise RefusedError(f"The file has {size / 1e6:.1f} MB; at most {limits.file_bytes / 1e6:g} MB are taken.")
-    return Path(path).read_bytes()
-
-
-def read_table(path: str | Path, separator: str, limits: Limits) -> Table:
-    """The documents of a .txt, .md, .jsonl or .csv file. Markdown is parted at blank lines, text as asked."""
-    text, suffix = decode(read_bytes(path, DOCUMENT_FILES, limits)), Path(path).suffix.lower()
-    if suffix in (".txt", ".md"):
-        documents = split_documents(text, "paragraph" if suffix == ".md" else separator)
-        table = Table([""], [{"": document} for document in documents])
-    elif suffix in (".csv", ".tsv"):
-        table = read_csv(text, "\t" if suffix == ".tsv" else ",", limits)
-    else:
-        table = table_of_objects(read_jsonl(text))
-    if not table.rows or not table.columns:
-        raise RefusedError("The file holds no documents.")
-    return table
-
-
-def read_csv(text: str, delimiter: str, limits: Limits) -> Table:
-    csv.field_size_limit(limits.file_bytes)
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="")
-        rows = [{name: value for name, value in row.items() if name and isinstance(value, str)} for row in reader]
-    except csv.Error as error:
-        raise RefusedError(f"The file is no table that can be read: {error}.") from None
-    return Table([name for name in reader.fieldnames or [] if name], rows)
-
-
-def read_jsonl(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError):
-                raise RefusedError(f"Line {number} of the file is no JSON.") from None
-    return rows
-
-
-def table_of_objects(objects: list[Any]) -> Table:
-    rows: list[dict[str, str]] = []
-    for number, item in enumerate(objects, 1):
-        if isinstance(item, str):
-            item = {"text": item}
-        if not isinstance(item, dict):
-            raise RefusedError(f"Row {number} of the file is neither a text nor an object.")
-        rows.append({clean(name): clean(value) for name, value in item.items() if isinstance(value, str)})
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(columns, rows)
+        what = "The file has" if len(paths) == 1 else "The files have"
+        raise RefusedError(f"{what} {size / 1e6:.1f} MB; the limit is {limits.file_bytes / 1e6:g} MB.")
 
 
 @dataclass(frozen=True)
@@ -147,19 +128,28 @@ class JudgedSet:
 
 def read_judged(path: str | Path, limits: Limits) -> JudgedSet:
     """A BEIR folder as .zip, or JSONL with a `query`, `positive` and `negative` texts a line. Raises RefusedError."""
-    data = read_bytes(path, JUDGED_FILES, limits)
-    if Path(path).suffix.lower() == ".zip":
-        judged = judged_of_beir(unpack(data, limits))
-    else:
-        judged = judged_of_rows(read_jsonl(decode(data)))
+    path = Path(path)
+    if path.suffix.lower() not in JUDGED_FILES:
+        raise RefusedError(f"Files of this type are not read; take one of {', '.join(JUDGED_FILES)}.")
+    check_size([path], limits)
+    with refused_in_words():
+        if path.suffix.lower() == ".zip":
+            judged = judged_of_beir(unpack(path.read_bytes(), limits))
+        else:
+            judged = judged_of_rows(rows_of(path.read_bytes(), path.name))
     if not judged.qrels:
         raise RefusedError("The set has no query with a relevant document.")
     if len(judged.corpus) > limits.judged_documents:
         raise RefusedError(
-            f"The set has {len(judged.corpus):,} documents; at most {limits.judged_documents:,} are taken here. "
+            f"The set has {len(judged.corpus):,} documents; the limit here is {limits.judged_documents:,}. "
             "`querit evaluate` on your own machine takes any number."
         )
     return judged
+
+
+def rows_of(data: bytes, name: str) -> list[tuple[str, Any]]:
+    """(place, row) of JSON lines."""
+    return [(f"{name}:{number}", row) for number, row in json_lines(read_lines(io.BytesIO(data), name), name)]
 
 
 def unpack(data: bytes, limits: Limits) -> dict[str, bytes]:
@@ -171,15 +161,11 @@ def unpack(data: bytes, limits: Limits) -> dict[str, bytes]:
     left = limits.unpacked_bytes
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
+            entries = [entry for entry in archive.infolist() if not is_litter(entry.filename)]
             if len(entries) > MOST_ENTRIES:
                 raise RefusedError(f"The archive has {len(entries):,} entries; a BEIR folder has a handful.")
             for entry in entries:
-                parts = Path(entry.filename).parts
-                name = "/".join(parts[-2:]) if parts[-2:-1] == ("qrels",) else (parts or ("",))[-1]
-                if name not in ("corpus.jsonl", "queries.jsonl") and not (
-                    name.startswith("qrels/") and name.endswith(".tsv")
-                ):
+                if (name := beir_name(entry.filename)) is None:
                     continue
                 if entry.flag_bits & 1:
                     raise RefusedError("The archive is encrypted; pack it without a password.")
@@ -197,62 +183,73 @@ def unpack(data: bytes, limits: Limits) -> dict[str, bytes]:
     return files
 
 
+def beir_name(path: str) -> str | None:
+    """`corpus.jsonl`, `queries.jsonl` or `qrels/*.tsv`, in whatever folder; None for other files."""
+    *folders, name = re.split(r"[/\\]", path)  # Windows' archives part by \
+    if name in ("corpus.jsonl", "queries.jsonl"):
+        return name
+    return f"qrels/{name}" if folders[-1:] == ["qrels"] and name.endswith(".tsv") else None
+
+
 def judged_of_beir(files: dict[str, bytes]) -> JudgedSet:
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        if name not in files:
+            raise RefusedError(f"The archive has no {name}: {BEIR}")
     splits = sorted(name for name in files if name.startswith("qrels/"))
-    if missing := [name for name in ("corpus.jsonl", "queries.jsonl") if name not in files]:
-        raise RefusedError(
-            f"The archive has no {missing[0]}: pack a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)."
-        )
     if not splits:
-        raise RefusedError(
-            "The archive has no qrels/test.tsv: pack a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)."
-        )
+        raise RefusedError(f"The archive has no qrels/test.tsv: {BEIR}")
+    corpus, queries = ({document["_id"]: clean(joined(document)) for document in documents_of(files[name], name)}
+                       for name in ("corpus.jsonl", "queries.jsonl"))  # fmt: skip
     split = "qrels/test.tsv" if "qrels/test.tsv" in splits else splits[0]
-    try:
-        corpus = {
-            str(row["_id"]): clean(document_text({"title": row.get("title") or "", "text": row["text"]}))
-            for row in read_jsonl(decode(files["corpus.jsonl"]))
-        }
-        queries = {str(row["_id"]): clean(row["text"]) for row in read_jsonl(decode(files["queries.jsonl"]))}
-        qrels: dict[str, dict[str, int]] = {}
-        table = csv.DictReader(io.StringIO(decode(files[split])), delimiter="\t", quoting=csv.QUOTE_NONE)
-        for row in table:
-            if row["query-id"] in queries:
-                qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        if isinstance(error, RefusedError):
-            raise
-        raise RefusedError(
-            "The files are not as in a BEIR folder: rows {_id, title, text}, {_id, text}, and a table of query-id, "
-            "corpus-id, score."
-        ) from None
+    qrels: dict[str, dict[str, int]] = {}
+    for place, row in read_delimited(read_lines(io.BytesIO(files[split]), split), split, ".tsv", "query-id"):
+        try:
+            query, document, score = row["query-id"], row["corpus-id"], int(row["score"])
+        except (KeyError, ValueError):
+            raise RefusedError(f"{place}: not query-id, corpus-id and a whole score, as in a BEIR folder.") from None
+        if query in queries:
+            qrels.setdefault(query, {})[document] = score
     return with_relevant(queries, corpus, qrels, {})
 
 
-def judged_of_rows(rows: list[Any]) -> JudgedSet:
+def documents_of(data: bytes, name: str) -> Iterator[dict]:
+    for place, row in rows_of(data, name):
+        document = document_of(row, place)
+        if not document["_id"]:
+            raise RefusedError(f"{place}: no _id, which every row of a BEIR folder has.")
+        yield document
+
+
+def judged_of_rows(rows: list[tuple[str, Any]]) -> JudgedSet:
     queries: dict[str, str] = {}
     corpus: dict[str, str] = {}
     numbers: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     candidates: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 1):
-        query = row.get("query") if isinstance(row, dict) else None
-        sides = [row.get(side, []) for side in ("positive", "negative")] if isinstance(row, dict) else []
-        sides = [[side] if isinstance(side, str) else side for side in sides]
-        if not isinstance(query, str) or not all(
-            isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides
-        ):
-            raise RefusedError(f'Row {number} is not {{"query": "...", "positive": ["..."], "negative": ["..."]}}.')
-        key = str(number)
-        queries[key] = clean(query)
-        for side, texts in zip((1, 0), sides, strict=True):
+    for key, (place, row) in enumerate(rows, 1):
+        query, positive, negative = judged_row(place, row)
+        queries[str(key)] = query
+        own = qrels.setdefault(str(key), {})
+        for score, texts in ((1, positive), (0, negative)):
             for text in texts:
-                document = numbers.setdefault(clean(text), f"d{len(numbers)}")
-                corpus[document] = clean(text)
-                if document not in qrels.setdefault(key, {}):
-                    qrels[key][document] = side
-                    candidates.setdefault(key, []).append(document)
+                document = numbers.setdefault(text, f"d{len(numbers)}")
+                corpus[document] = text
+                if document not in own:
+                    own[document] = score
+                    candidates.setdefault(str(key), []).append(document)
     return with_relevant(queries, corpus, qrels, candidates)
+
+
+def judged_row(place: str, row: Any) -> tuple[str, list[str], list[str]]:
+    """-> query, relevant texts, others."""
+    if not isinstance(row, dict) or "query" not in row:
+        raise RefusedError(f'{place} is not {{"query": "...", "positive": ["..."], "negative": ["..."]}}.')
+    sides = []
+    for name in ("positive", "negative"):
+        given = row.get(name) or []
+        texts = given if isinstance(given, list) else [given]
+        sides.append([clean(as_text(text, place, name)) for text in texts])
+    return clean(as_text(row["query"], place, "query")), sides[0], sides[1]
 
 
 def with_relevant(

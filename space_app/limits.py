@@ -1,7 +1,8 @@
 """What one request may ask for, and the message for one that asks for more."""
 
-import re
 from dataclasses import dataclass
+
+from querit.decoding import clean
 
 
 class RefusedError(ValueError):
@@ -25,11 +26,6 @@ class Limits:
     judged_queries: int = 50  # of larger sets so many are drawn
     candidates: int = 30  # reranked for a judged query
     evaluation_seconds: float = 120
-
-
-def clean(text: str) -> str:
-    """Lone surrogates, which can be neither tokenised nor sent, become U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def check_query(query: object, limits: Limits) -> str:

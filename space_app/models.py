@@ -5,7 +5,8 @@ import os
 import threading
 from pathlib import Path
 
-import typer
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 import querit
 from space_app.limits import RefusedError
@@ -16,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def configured(entries: list[str] | None = None) -> dict[str, str]:
-    """Name -> folder or Hub repo, of entries `NAME=SOURCE` or `SOURCE`; of the environment if there are none."""
+    """Name -> folder or Hub repo, of entries `NAME=SOURCE` or `SOURCE`; of the environment if there are none.
+
+    Raises ValueError for an entry of another form, and for a source that is neither a model's folder nor a repo's name.
+    """
     entries = entries or [entry.strip() for entry in os.environ.get(MODELS, "").split(",") if entry.strip()]
     if not entries:
         return {"Nano": str(querit.RELEASED) if querit.RELEASED.exists() else querit.HUB_ID}
@@ -26,8 +30,24 @@ def configured(entries: list[str] | None = None) -> dict[str, str]:
         name, source = (name.strip(), source.strip()) if equals else (entry.rstrip("/").rpartition("/")[2], entry)
         if not name or not source or name in sources:
             raise ValueError(f"{MODELS}: {entry!r} is no NAME=SOURCE, or its name is taken by another one.")
+        check_source(source)
         sources[name] = source
     return sources
+
+
+def check_source(source: str) -> None:
+    """What can be known at once, before anything is loaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is no model's folder: it has no config.json.")
+        return
+    try:
+        validate_repo_id(source.partition("@")[0])
+        if "/" not in source:
+            raise HFValidationError
+    except HFValidationError:
+        raise ValueError(f"There is no folder {source}, and a Hub repo is named NAMESPACE/NAME.") from None
 
 
 class Models:
@@ -36,8 +56,9 @@ class Models:
     `turn` is held while a model computes: two at a time would only slow each other down.
     """
 
-    def __init__(self, sources: dict[str, str]):
-        self.sources = sources
+    def __init__(self, sources: dict[str, str], at_home: bool = False):
+        """at_home: the page is served to this machine alone, so that its own folders may be named."""
+        self.sources, self.at_home = sources, at_home
         self.turn = threading.Lock()
         self._loading = threading.Lock()
         self._rankers: dict = {}
@@ -57,24 +78,40 @@ class Models:
     def ranker(self, name: str):
         with self._loading:
             if name not in self._rankers:
-                source, _, revision = self.sources[name].partition("@")
-                if Path(self.sources[name]).exists():
-                    source, revision = self.sources[name], ""
+                source, revision = self.source(name)
                 try:
-                    self._rankers[name] = querit.load_ranker(source, revision or None)
-                except typer.Exit:  # load_ranker has said why, in the log
+                    self._rankers[name] = querit.load(source, revision)
+                except (OSError, ValueError) as error:
+                    logger.error("The model %s cannot be loaded: %s", name, error)
                     raise RefusedError(
                         f"{name} could not be loaded; whoever runs this page finds why in its log."
                     ) from None
             return self._rankers[name]
 
+    def source(self, name: str) -> tuple[str, str | None]:
+        """-> folder or Hub repo, and the commit where one is pinned."""
+        whole = self.sources[name]
+        source, _, revision = whole.partition("@")
+        return (whole, None) if Path(whole).exists() else (source, revision or None)
+
+    def takes_instruction(self, name: str) -> bool:
+        """A chat template has a place for it; who reads a pair template was trained on query and document alone."""
+        return self.ranker(name).tokenizer.chat_template is not None
+
+    def repo(self, name: str) -> str | None:
+        """The Hub repo that has the model and its card; None for a folder that is not the release."""
+        source, _ = self.source(name)
+        if not Path(source).exists():
+            return source
+        return querit.HUB_ID if Path(source).resolve() == querit.RELEASED.resolve() else None
+
     def python_arguments(self, name: str) -> str:
-        """How a model is named in someone's own code: no folder outside the project is told."""
-        source, _, revision = self.sources[name].partition("@")
-        folder, root = Path(self.sources[name]), Path(querit.__file__).parent
-        if folder.exists():
-            within = folder.resolve().is_relative_to(root)
-            return repr(folder.resolve().relative_to(root).as_posix() if within else f"path/to/{folder.name}")
+        """How a model is named in someone's own code. A folder's path is told to nobody but who runs the page."""
+        source, revision = self.source(name)
+        if Path(source).exists():
+            if self.at_home:
+                return repr(str(Path(source).resolve()))
+            return repr(self.repo(name) or f"path/to/{Path(source).name}")
         return repr(source) + (f", revision={revision!r}" if revision else "")
 
     def warm_up(self) -> threading.Thread:
@@ -83,6 +120,8 @@ class Models:
         def load() -> None:
             try:
                 self.ranker(self.names[0])("warm", ["up", "up to speed"])
+            except RefusedError:
+                pass  # it is in the log
             except Exception:
                 logger.exception("The model %s cannot be used.", self.names[0])
 

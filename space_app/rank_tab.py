@@ -1,50 +1,18 @@
-"""The tab "Rank": inputs on the left; on the right the ranking, two orders side by side, and what to take away."""
+"""The tab "Rank": its two columns, and what happens between them."""
 
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from space_app import evaluation, ranking, share, views
-from space_app.handlers import refusing, said
-from space_app.inputs import DOCUMENT_FILES, TABLES, join_documents, read_table, split_documents
-from space_app.limits import Limits, RefusedError, check_documents
+from space_app.handlers import QUICK, StopButton, refusing, shown
+from space_app.limits import Limits, RefusedError
 from space_app.models import Models
+from space_app.rank_inputs import RankInputs
+from space_app.rank_outputs import RankOutputs
 
-INSTRUCTIONS = [
-    "Find the passage that answers the question.",
-    "Find texts about the same subject, whether they answer or not.",
-    "Find the same question asked in other words.",
-    "Find the instructions that solve the problem.",
-    "Find what speaks against the claim.",
-]
-READING = [("Read their beginning", "truncate"), ("Read all; the best passage counts", "max_passage")]
-PARTING = [("a line", "line"), ("a paragraph", "paragraph"), ("parted by %%%", "section")]
-EMPTY = (
-    '<div class="q-empty">Choose an example, or type a query and paste documents.<br>The ranking appears here.</div>'
-)
-EMPTY_SIDES = '<div class="q-empty">Two orders of the same documents appear here.</div>'
-# Buttons in the ranking name a document; in the comparison, a document pointed at is shown on both sides.
-ON_RANKING = """
-element.addEventListener('click', event => {
-  const button = event.target.closest('.q-why');
-  if (button) trigger('click', {index: Number(button.dataset.index), close: Boolean(button.dataset.close)});
-});
-watch('value', () => {
-  element.querySelector('[data-focus]')?.focus({preventScroll: true});
-  const below = element.getBoundingClientRect().top > innerHeight * 0.85;
-  if (below && element.querySelector('.q-progress, .q-error')) element.scrollIntoView({block: 'start'});
-});
-"""
-ON_COMPARISON = """
-const show = event => {
-  const cell = event.target.closest?.('.q-cell');
-  element.querySelectorAll('.q-cell').forEach(other =>
-    other.classList.toggle('q-same-doc', Boolean(cell) && other.dataset.doc === cell.dataset.doc));
-};
-for (const kind of ['mouseover', 'focusin', 'mouseleave', 'focusout']) element.addEventListener(kind, show);
-"""
 LINK = "fragment => fragment ? location.origin + location.pathname + '#' + fragment : ''"
 
 
@@ -61,104 +29,55 @@ def add_rank_tab(page: gr.Blocks, models: Models, limits: Limits) -> None:
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            query = gr.Textbox(
-                label="Query", placeholder="What are you looking for?", lines=1, max_lines=4, elem_id="query"
-            )
-            text = gr.Textbox(
-                label="Documents",
-                placeholder="Paste one document a line, or drop a file below.",
-                lines=9,
-                max_lines=16,
-                elem_id="documents",
-            )
-            parting = gr.Radio(PARTING, value="line", label="A document is", elem_id="parting")
-            with gr.Row():
+            inputs = RankInputs(models, limits)
+            with inputs.buttons:
                 go = gr.Button("Rank", variant="primary", scale=3, min_width=120, elem_id="rank")
-                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-            with gr.Accordion("Documents from a file", open=False, elem_id="from-file"):
-                file = gr.File(
-                    label=f"{', '.join(DOCUMENT_FILES)}, at most {limits.file_bytes / 1e6:g} MB",
-                    file_types=list(DOCUMENT_FILES),
-                    type="filepath",
-                    height=150,
-                    elem_id="file",
-                )
-                column = gr.Dropdown([], label="Column that holds the text", visible=False, elem_id="column")
-                file_note = gr.HTML(apply_default_css=False)
-            with gr.Accordion("Options", open=False, elem_id="options"):
-                model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="model")
-                instruction = gr.Dropdown(
-                    ["", *INSTRUCTIONS],
-                    value="",
-                    allow_custom_value=True,
-                    label="Instruction",
-                    info="What relevance means here: pick one, type your own, or leave it empty.",
-                    elem_id="instruction",
-                )
-                reading = gr.Radio(READING, value="truncate", label="Long documents", elem_id="reading")
-        with gr.Column(scale=7, min_width=300), gr.Tabs():
-            with gr.Tab("Ranking"):
-                results = gr.HTML(EMPTY, apply_default_css=False, js_on_load=ON_RANKING, elem_id="results")
-            with gr.Tab("Compare"):
-                with gr.Row(equal_height=True):
-                    sides = [ranking.BM25, *models.names]
-                    left = gr.Dropdown(sides, value=sides[0], label="Left", min_width=110, elem_id="left")
-                    right = gr.Dropdown(sides, value=sides[-1], label="Right", min_width=110, elem_id="right")
-                    compare = gr.Button("Compare", scale=0, min_width=110, elem_id="compare")
-                side_by_side = gr.HTML(
-                    EMPTY_SIDES, apply_default_css=False, js_on_load=ON_COMPARISON, elem_id="side-by-side"
-                )
-            with gr.Tab("Share"):
-                link = gr.Textbox(
-                    label="Link to this ranking", interactive=False, max_lines=1, buttons=["copy"], elem_id="link"
-                )
-                with gr.Row():
-                    as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="csv")
-                    as_json = gr.DownloadButton("Download JSON", interactive=False, elem_id="json")
-                python = gr.Code(label="Use this in Python", language="python", interactive=False, elem_id="python")
-                take_note = gr.HTML(views.note("Rank something first."), apply_default_css=False)
-    found = gr.State(time_to_live=3600)
-    sent = gr.Textbox(visible=False)  # the link's last part
-    inputs = [query, text, parting, instruction, reading, model]
+                stop = StopButton("stop")
+        with gr.Column(scale=7, min_width=300):
+            outputs = RankOutputs(models, limits)
+    connect(page, RankHandlers(inputs, outputs, stop), chips, go)
 
-    def request(asked, pasted, separator, *rest) -> ranking.Request:
-        return ranking.make_request(models, limits, asked, split_documents(pasted, separator), *rest)
 
-    def rank(*given):
-        yield {results: views.progress(0, "Reading"), found: None}
-        ranked = yield from said(ranking.rank(models, limits, request(*given)), "Reading", results)
-        try:
-            packed, words = share.pack(ranked.request, limits), ""
-        except RefusedError as error:
-            packed, words = "", str(error)
-        with tempfile.TemporaryDirectory() as folder:  # gradio copies the files when they are yielded
-            files = {"ranking.csv": share.as_csv(ranked), "ranking.json": share.as_json(ranked)}
-            for name, content in files.items():
-                Path(folder, name).write_text(content, encoding="utf-8", newline="")
-            yield {
-                results: views.ranking(ranked),
-                found: ranked,
-                side_by_side: views.comparison(ranking.first_stage_beside(ranked)),
-                left: ranking.BM25,
-                right: ranked.request.model,
-                take_note: views.note(words) if words else "",
-                sent: packed,
-                python: share.as_python(ranked, models),
-                as_csv: gr.DownloadButton(value=str(Path(folder, "ranking.csv")), interactive=True),
-                as_json: gr.DownloadButton(value=str(Path(folder, "ranking.json")), interactive=True),
-            }
+class RankHandlers:
+    """What the events of this tab run. Each yields {component: value}."""
 
-    def explain(ranked, event: gr.EventData):
+    def __init__(self, inputs: RankInputs, outputs: RankOutputs, stop: StopButton):
+        self.inputs, self.outputs, self.stop = inputs, outputs, stop
+        self.models, self.limits = inputs.models, inputs.limits
+
+    def rank(self, *given) -> Iterator[dict]:
+        out = self.outputs
+        yield {out.results: views.progress(0, "Reading"), out.found: None}
+        steps = ranking.rank(self.models, self.limits, self.inputs.request(*given))
+        ranked = yield from shown(steps, "Reading", out.results)
+        with tempfile.TemporaryDirectory() as folder:
+            yield out.filled(ranked, folder)
+
+    def restore(self, fragment) -> Iterator[dict]:
+        shared = share.unpack_link(fragment, self.limits)
+        if shared is None:
+            yield {self.inputs.query: gr.skip()}
+            return
+        given = self.inputs.of_link(shared)
+        yield dict(zip(self.inputs.given, given, strict=True))
+        yield from self.rank(*given)
+
+    def ask(self, count: int, event: gr.EventData) -> tuple:
+        """Which document's button was pressed. Only the first step of a chain is told."""
+        return event._data, *self.stop.one_more(count)
+
+    def explain(self, ranked, asked: dict) -> Iterator[dict]:
+        results = self.outputs.results
         if not isinstance(ranked, ranking.Ranking):
             raise RefusedError("This ranking is no longer held here: rank again.")
-        index, close = event._data.get("index"), event._data.get("close")
+        index = asked.get("index")
         if not isinstance(index, int):
             raise RefusedError("There is no such document.")
-        if close:
+        if asked.get("close"):
             yield {results: views.ranking(ranked)}
             return
         yield {results: views.ranking(ranked, explaining=index)}
-        steps = ranking.explain(models, limits, ranked.request, index)
+        steps = ranking.explain(self.models, self.limits, ranked.request, index)
         explained = None
         while explained is None:
             try:
@@ -169,74 +88,64 @@ def add_rank_tab(page: gr.Blocks, models: Models, limits: Limits) -> None:
                 yield {results: gr.skip()}
         yield {results: views.ranking(ranked, explained)}
 
-    def compare_models(left_name, right_name, *given):
-        yield {side_by_side: views.progress(0, "Reading with both")}
-        steps = ranking.compare(models, limits, request(*given), left_name, right_name)
-        compared = yield from said(steps, "Reading with both", side_by_side)
-        yield {side_by_side: views.comparison(compared)}
+    def compare(self, left, right, *given) -> Iterator[dict]:
+        where = self.outputs.side_by_side
+        yield {where: views.progress(0, "Reading with both")}
+        steps = ranking.compare(self.models, self.limits, self.inputs.request(*given), left, right)
+        compared = yield from shown(steps, "Reading with both", where)
+        yield {where: views.comparison(compared)}
 
-    def read(path, separator, chosen=None):
-        if not path:
-            yield {file_note: "", column: gr.Dropdown(visible=False)}
-            return
-        yield {column: gr.Dropdown(visible=False)}
-        table = read_table(path, separator, limits)
-        name = chosen if chosen in table.columns else table.likely_column
-        documents = check_documents(table.documents(name), limits)
-        joined, parted = join_documents(documents)
-        yield {
-            text: joined,
-            parting: parted,
-            column: gr.Dropdown(
-                table.columns, value=name, visible=Path(path).suffix.lower() in TABLES and len(table.columns) > 1
-            ),
-            file_note: views.note(f"{len(documents):,} documents are now in the box above; you can edit them there."),
-        }
+    def read_files(self, paths, *choice) -> Iterator[dict]:
+        """Other documents: the ranking of the former ones goes."""
+        for values in self.inputs.read_files(paths, *choice):
+            yield values | self.outputs.cleared() if self.inputs.text in values else values
 
-    def choose(number):
-        example = examples[number]
-        joined, separator = join_documents(example["documents"])
-        return example["query"], joined, separator, "", example.get("long_documents", "truncate")
 
-    def restore(fragment):
-        shared = share.unpack_link(fragment, limits)
-        if shared is None:
-            yield {query: gr.skip()}
-            return
-        joined, separator = join_documents(shared.documents)
-        given = (shared.query, joined, separator, shared.instruction, shared.long_documents)
-        name = shared.model if shared.model in models.sources else models.names[0]
-        yield dict(zip(inputs, (*given, name), strict=True))
-        yield from rank(*given, name)
-
-    outputs = [results, found, side_by_side, left, right, take_note, sent, python, as_csv, as_json]
+def connect(page: gr.Blocks, handlers: RankHandlers, chips: gr.Dataset, go: gr.Button) -> None:
+    inputs, outputs, stop = handlers.inputs, handlers.outputs, handlers.stop
+    results, given, filled = outputs.results, inputs.given, outputs.components
     options: dict[str, Any] = {"concurrency_id": "rank", "concurrency_limit": 2, "api_visibility": "private"}
-    quick: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-    ranked = gr.on(
-        [go.click, query.submit], refusing(results, rank), inputs, outputs, show_progress_on=results, **options
+    rank = refusing(results, handlers.rank)
+    examples = evaluation.examples()
+    ranked = stop.begin(go.click, inputs.query.submit).then(rank, given, filled, show_progress_on=results, **options)
+    chosen = (
+        stop.begin(chips.click)
+        .then(lambda number: inputs.of_example(examples[number]), chips, given[:-1], **QUICK)
+        .then(rank, given, filled, show_progress_on=results, **options)
     )
-    chosen = chips.click(choose, chips, [query, text, parting, instruction, reading], **quick).then(
-        refusing(results, rank), inputs, outputs, show_progress_on=results, **options
-    )
-    restored = page.load(
-        refusing(results, restore),
-        sent,
-        [*inputs, *outputs],
+    restored = stop.begin(page.load).then(
+        refusing(results, handlers.restore),
+        outputs.sent,
+        [*given, *filled],
         js="() => location.hash",
         show_progress="hidden",
         **options,
     )
-    for event in (ranked, chosen, restored):
-        event.then(None, sent, link, js=LINK, api_visibility="private")
-    explained = results.click(refusing(results, explain), found, results, show_progress="hidden", **options)
-    compared = compare.click(refusing(side_by_side, compare_models), [left, right, *inputs], side_by_side, **options)
-    stop.click(
-        lambda: [views.note("Stopped.")] * 2,
-        None,
-        [results, side_by_side],
-        cancels=[ranked, chosen, restored, explained, compared],
-        **quick,
+    asked = gr.State()
+    explained = results.click(handlers.ask, stop.running, [asked, stop.running, stop.button], **QUICK).then(
+        refusing(results, handlers.explain), [outputs.found, asked], results, show_progress="hidden", **options
     )
-    reading_file: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "show_progress": "hidden"}
-    file.change(refusing(file_note, read), [file, parting], [text, parting, column, file_note], **reading_file)
-    column.input(refusing(file_note, read), [file, parting, column], [text, parting, column, file_note], **reading_file)
+    compared = stop.begin(outputs.compare.click).then(
+        refusing(outputs.side_by_side, handlers.compare),
+        [outputs.left, outputs.right, *given],
+        outputs.side_by_side,
+        **options,
+    )
+    stop.until(ranked, chosen, restored, explained, compared)
+    stop.stops(results, outputs.side_by_side)
+    for event in (ranked, chosen, restored):
+        event.then(None, outputs.sent, outputs.link, js=LINK, api_visibility="private")
+    connect_inputs(page, handlers)
+
+
+def connect_inputs(page: gr.Blocks, handlers: RankHandlers) -> None:
+    inputs, outputs = handlers.inputs, handlers.outputs
+    gr.on([page.load, inputs.model.change], inputs.offer_instruction, inputs.model, inputs.instruction, **QUICK)
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "show_progress": "hidden"}
+    read = refusing(inputs.file_note, handlers.read_files)
+    changed = [inputs.text, inputs.parting, inputs.column, inputs.file_note, *outputs.components]
+    for listen, given in (
+        (inputs.file.change, [inputs.file, inputs.parting]),
+        (inputs.column.input, [inputs.file, inputs.parting, inputs.column]),
+    ):
+        listen(read, given, changed, **options).then(None, outputs.sent, outputs.link, js=LINK, **QUICK)

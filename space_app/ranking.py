@@ -6,7 +6,7 @@ it may stop between two batches, and the worker is free.
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +15,14 @@ from uniseg.sentencebreak import sentences
 from modeling_querit.pipeline_querit import LONG_DOCUMENTS
 from modeling_querit.prompting_querit import EncodedPair
 from modeling_querit.scoring_querit import NonFiniteScoreError, score_pairs
-from space_app.first_stage import FirstStage, best_first
+from querit import bm25
 from space_app.limits import Limits, RefusedError, check_documents, check_instruction, check_query
 from space_app.models import Models
 
 BM25 = "BM25"
 STEP_TOKENS = 4096  # scored between two points at which a request can be stopped: under a second with Nano
 SHORT_SENTENCE = 6  # letters and digits; shorter ones ("z.", "B.", "1.") are joined with the next
+SURELY_SENTENCES = 1_000  # characters
 
 T = TypeVar("T")
 Steps = Generator[float, None, T]
@@ -45,6 +46,7 @@ class Result:
     probability: float
     truncated: bool
     passage: tuple[int, int] | None  # characters of the passage that counted, of a document read in several
+    explainable: bool  # it has several sentences, or not all of it was read
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,18 @@ def make_request(
     model: object = None,
 ) -> Request:
     """What a visitor sent, checked. Raises RefusedError."""
+    reading = check_reading(long_documents)
+    name, asked = models.name(model), check_instruction(instruction, limits)
+    checked = check_query(query, limits), check_documents(documents, limits)
+    if asked and not models.takes_instruction(name):
+        raise RefusedError(f"{name} was trained without instructions: leave the instruction empty.")
+    return Request(*checked, asked, reading, name)
+
+
+def check_reading(long_documents: object) -> str:
     if long_documents not in LONG_DOCUMENTS:
         raise RefusedError(f"long_documents must be one of {', '.join(LONG_DOCUMENTS)}.")
-    return Request(
-        check_query(query, limits),
-        check_documents(documents, limits),
-        check_instruction(instruction, limits),
-        str(long_documents),
-        models.name(model),
-    )
+    return str(long_documents)
 
 
 def score_in_steps(models: Models, ranker: Any, pairs: list[EncodedPair], deadline: float) -> Steps[torch.Tensor]:
@@ -159,7 +164,7 @@ def rank(models: Models, limits: Limits, request: Request) -> Steps[Ranking]:
     start = time.perf_counter()
     ranker = models.ranker(request.model)
     with models.turn:
-        first_stage = best_first(FirstStage(ranker.tokenizer, request.documents).scores(request.query))
+        first_stage = bm25.best_first(bm25.BM25(ranker.tokenizer, request.documents).scores(request.query))
     before = {index: place for place, index in enumerate(first_stage, 1)}
     (found,) = yield from rank_requests(models, [request], time.monotonic() + limits.seconds)
     results = [
@@ -171,6 +176,7 @@ def rank(models: Models, limits: Limits, request: Request) -> Steps[Ranking]:
             probability=row["probability"],
             truncated=row["truncated"],
             passage=row.get("passage"),
+            explainable=bool(row["truncated"] or row.get("passage")) or has_sentences(request.documents[row["index"]]),
         )
         for place, row in enumerate(found, 1)
     ]
@@ -189,6 +195,11 @@ def split_sentences(text: str) -> list[str]:
     if short.strip():
         pieces.append(short)
     return [piece.strip() for piece in pieces]
+
+
+def has_sentences(document: str) -> bool:
+    """Whether there are several. A long text is taken to have them: to split all of it would take too long."""
+    return len(document) > SURELY_SENTENCES or len(split_sentences(document)) > 1
 
 
 def explain(models: Models, limits: Limits, request: Request, index: int) -> Steps[Explanation]:
@@ -234,12 +245,13 @@ def compare(models: Models, limits: Limits, request: Request, left: object, righ
     pieces = next((name for name in names if name != BM25), models.names[0])  # BM25 takes the other one's
     for done, name in zip((0.0, 0.5), names, strict=True):
         model = pieces if name == BM25 else name
-        asked = Request(request.query, request.documents, request.instruction, request.long_documents, model)
         if name == BM25:
             with models.turn:
-                bm25 = FirstStage(models.ranker(model).tokenizer, request.documents)
-                orders.append([(index, None) for index in best_first(bm25.scores(request.query))])
+                words = bm25.BM25(models.ranker(model).tokenizer, request.documents)
+                orders.append([(index, None) for index in bm25.best_first(words.scores(request.query))])
         else:
+            instruction = request.instruction if models.takes_instruction(name) else None
+            asked = replace(request, instruction=instruction, model=name)
             (found,) = yield from part(rank_requests(models, [asked], deadline), done, 0.5)
             orders.append([(row["index"], row["probability"]) for row in found])
     return beside(request, names[0], names[1], *orders)

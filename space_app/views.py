@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from space_app.adaptation import Adapted, Progress
 from space_app.evaluation import Evaluation
 from space_app.limits import Limits
+from space_app.measured import Measured
 from space_app.ranking import Comparison, Explanation, Ranking
 
 SHOWN = 420  # characters of a document in a list
@@ -27,8 +28,9 @@ def shorten(text: str, length: int = SHOWN) -> str:
 
 
 def percent(probability: float) -> str:
-    value = 100 * probability
-    return f"{value:.1f}" if 0.05 <= value < 99.95 else "<0.1" if value < 0.05 else ">99.9"
+    """Whole per cent; nothing is shown as certain."""
+    value = round(100 * probability)
+    return f"{value}%" if 1 <= value <= 99 else "<1%" if value < 1 else ">99%"
 
 
 def signed(value: float, digits: int) -> str:
@@ -45,7 +47,7 @@ environment = Environment(
     undefined=StrictUndefined,
 )
 environment.filters |= {"visible": visible, "shorten": shorten, "percent": percent, "signed": signed}
-environment.globals["brief"] = SHOWN_BRIEFLY
+environment.globals |= {"shown": SHOWN, "brief": SHOWN_BRIEFLY}
 
 
 def show(template: str, **values) -> str:
@@ -62,8 +64,9 @@ def comparison(found: Comparison) -> str:
     return show("comparison.html", found=found)
 
 
-def evaluation(found: Evaluation) -> str:
-    return show("evaluation.html", found=found)
+def evaluation(found: Evaluation, own_examples: bool = False) -> str:
+    """own_examples: the page's, chosen to be answered well, whose gain measures nothing."""
+    return show("evaluation.html", found=found, own_examples=own_examples)
 
 
 def progress(share: float, words: str) -> str:
@@ -80,16 +83,17 @@ def adapted(found: Adapted) -> str:
 
 
 def refused(words: str) -> str:
-    return show("message.html", kind="error", title="Not done", words=words)
+    return show("message.html", kind="error", title="", words=words)
 
 
 def note(words: str) -> str:
     return show("message.html", kind="note", title="", words=words)
 
 
-def header(name: str) -> str:
-    return show("header.html", name=name)
+def header() -> str:
+    return show("header.html")
 
 
-def about(limits: Limits, names: list[str]) -> str:
-    return show("about.html", limits=limits, names=names)
+def about(limits: Limits, names: list[str], cards: list[tuple[str, str]], measured: Measured | None) -> str:
+    """cards: (name, address) of the models that have a card on the Hub; measured: of the first of these."""
+    return show("about.html", limits=limits, names=names, cards=cards, measured=measured)

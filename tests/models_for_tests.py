@@ -82,8 +82,8 @@ def tiny_model(
         for name, buffer in model.named_buffers():
             if "e_score_correction_bias" in name:
                 buffer.normal_(std=0.1, generator=generator)
-        model.head.weight.normal_(std=0.2, generator=generator)
-        model.head.bias.normal_(std=0.2, generator=generator)
+        model.relevance_head.weight.normal_(std=0.2, generator=generator)
+        model.relevance_head.bias.normal_(std=0.2, generator=generator)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # as from_pretrained does: buffers like RoPE's stay in float32
     return model.eval()

@@ -24,7 +24,9 @@ def on_meta(config) -> QueritForSequenceClassification:
 
 
 def counted(model: QueritForSequenceClassification, tokens: int) -> int:
+    """Of the layers: a pooler, like a head, runs once a pair."""
     device = next(model.parameters()).device
+    model.model.pooler = None
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter, device, torch.no_grad():
         model.model(input_ids=ids, position_ids=ids)

@@ -63,18 +63,20 @@ def unsafe_cut_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bert_like_tokenizer() -> PreTrainedTokenizerFast:
-    """Unigram and Metaspace as in XLM-R, `<s> query </s></s> document </s>`, `<s>` and others inside the vocabulary."""
+    """Nano's kind: Unigram and Metaspace, `[CLS] query [SEP] document [SEP]` with segment ids 0 and 1.
+
+    The control tokens are pieces inside the vocabulary.
+    """
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained("unigram")),
-        bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        mask_token="<mask>", model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=Tokenizer.from_str(_trained("unigram")), model_max_length=512,
+        cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 
 CAUSAL_TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "qwen3": qwen3_like_tokenizer,
     "deepseek_v3": deepseek_v3_like_tokenizer,
-    "unsafe": unsafe_cut_tokenizer,
 }
 
 
@@ -101,13 +103,13 @@ def _trained(kind: str) -> str:
         )
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
         tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         unigram = trainers.UnigramTrainer(
-            vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False
+            vocab_size=600, special_tokens=special, unk_token="[UNK]", show_progress=False
         )
         tokenizer.train_from_iterator(CORPUS, unigram)
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
         return tokenizer.to_str()
     tokenizer = Tokenizer(models.BPE())

@@ -1,24 +1,35 @@
 """`pipeline("text-ranking")`: a query and documents in, the documents best first out."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from math import isfinite
 from numbers import Real
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
+from transformers.dynamic_module_utils import init_hf_modules
 
-from .attention_querit import use_fast_cpu_kernels
-from .experts_querit import pack_experts
-from .linear_querit import pack_linear_layers
-from .modeling_querit import QueritForSequenceClassification
 from .prompting_querit import EncodedPair, PromptEncoder, document_text
 from .scoring_querit import NonFiniteScoreError, fastest_cpu_dtype, score_pairs
-from .workers_querit import Workers, read_devices
 
 LONG_DOCUMENTS = ("truncate", "max_passage")
 # Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) with the constant of the paper.
 RRF_K = 60
+COUNT = (int, lambda value: value >= 1, "a whole number of at least 1")
+SWITCH = (bool, lambda value: True, "True or False")
+OPTIONS: dict[str, tuple[type, Callable, str]] = {
+    "top_k": COUNT,
+    "threshold": (Real, lambda value: -1 <= value <= 1, "a score, in [-1, 1]"),
+    "return_documents": SWITCH,
+    "instruction": (str, str.strip, "a non-empty string, or left out for the model's own prompt"),
+    "max_length": COUNT,
+    "long_documents": (str, LONG_DOCUMENTS.__contains__, f"one of {', '.join(LONG_DOCUMENTS)}"),
+    "batch_tokens": COUNT,
+    "shared_prefix": SWITCH,
+    "first_stage_scores": (object, lambda value: True, ""),  # see `check_first_stage`
+}
 
 
 class TextRankingPipeline(Pipeline):
@@ -45,14 +56,7 @@ class TextRankingPipeline(Pipeline):
 
     Returns, for one query, a list of dicts, best first, equal ones in the order given: `index` (place among the
     documents given), `score` in [-1, 1], `probability` of relevance (the same on [0, 1]), `document`, `truncated`. A
-    list of such lists for a list of queries.
-
-    Raises TypeError or ValueError, naming the fix, for input that is none of this.
-
-    Several devices, in place of the constructor's `device`: `devices=["cuda:0", "cuda:1"]`. Each has a process, started
-    by the first call and ended by `close()`, by the end of a `with` block, or with the ranker itself. The scores are
-    the same; the model here stays on the CPU. As always with processes, a script calls the ranker under
-    `if __name__ == "__main__":`. RuntimeError, if one of them dies; the next call starts new ones.
+    list of such lists for a list of queries. Raises TypeError or ValueError, naming the fix, for any other input.
     """
 
     tokenizer: Any
@@ -61,38 +65,27 @@ class TextRankingPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
 
-    def __init__(self, model: QueritForSequenceClassification, *args, devices: Sequence | None = None, **kwargs):
-        several = None if devices is None else read_devices(devices)
-        if several:
-            if kwargs.get("device") is not None or getattr(model, "hf_device_map", None):
-                raise ValueError("devices takes the place of device and device_map: give only one of them.")
-            kwargs["device"] = "cpu"
+    def __init__(self, model: PreTrainedModel, *args, **kwargs):
+        if not hasattr(model, "is_causal"):  # where Querit's class refuses a folder, transformers tries its plain one
+            raise ValueError(
+                f"{model.name_or_path} was loaded as a plain {type(model).__name__}, not as a Querit reranker. Its "
+                "weights must be in model.safetensors, never pickled; load it with trust_remote_code=True."
+            )
         super().__init__(model, *args, **kwargs)
         if self.tokenizer is None:
             raise ValueError("The folder has no tokenizer; text-ranking needs one.")
-        # Weights are stored in 16 bits, in which a CPU may be far slower than in 32. A dtype asked for is kept.
-        on_cpu = "cpu" in {device.type for device in several or [self.device]}
-        slow = on_cpu and self.model.dtype.itemsize == 2
-        if slow and kwargs.get("dtype", "auto") == "auto" and self.model.dtype != fastest_cpu_dtype():
-            self.model.float()  # never down: that would round the buffers that stay in float32, like RoPE's
-        if on_cpu:
-            use_fast_cpu_kernels(self.model)
-        if on_cpu and not several:  # several processes hold the weights once, as they are
-            pack_linear_layers(self.model)
-            pack_experts(self.model)
-        self._encoders: dict[int, PromptEncoder] = {}
-        self.workers = Workers(self.model, several) if several else None
+        # Weights are stored in 16 bits, in which a CPU may be far slower than in 32. A dtype asked for is kept, and so
+        # is the caller's model. Never down to 16: that would round the buffers that stay in float32, like RoPE's.
+        if self.device.type == "cpu" and self.model.dtype.itemsize == 2 and kwargs.get("dtype", "auto") == "auto":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # those of OpenMP, once started, a process that forks later would wait for
+            if self.model.dtype != fastest_cpu_dtype():
+                self.model = copy.deepcopy(self.model).float()
+            torch.set_num_threads(threads)
+        self._encoder: PromptEncoder | None = None
 
-    def close(self) -> None:
-        """End the processes of several devices. The next call starts new ones."""
-        if self.workers is not None:
-            self.workers.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    def __reduce_ex__(self, protocol):
+        return object.__new__, (_RemoteClass(type(self)),), self.__getstate__()
 
     @property
     def max_length(self) -> int:
@@ -100,40 +93,20 @@ class TextRankingPipeline(Pipeline):
         limits = (self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", None))
         return int(min(limit for limit in limits if limit))
 
-    def _sanitize_parameters(
-        self, instruction=None, max_length=None, long_documents=None, batch_tokens=None, shared_prefix=None, top_k=None,
-        threshold=None, return_documents=None, first_stage_scores=None, **unknown,
-    ):  # fmt: skip
-        if unknown:
-            raise TypeError(f"text-ranking has no option {', '.join(unknown)}.")
-        for name, value in (("top_k", top_k), ("max_length", max_length), ("batch_tokens", batch_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if threshold is not None and (
-            isinstance(threshold, bool) or not isinstance(threshold, Real) or not -1 <= threshold <= 1
-        ):
-            raise ValueError(f"threshold is a score, in [-1, 1], not {threshold!r}.")
-        for name, value in (("shared_prefix", shared_prefix), ("return_documents", return_documents)):
-            if value is not None and not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, not {value!r}.")
-        if long_documents is not None and long_documents not in LONG_DOCUMENTS:
-            raise ValueError(f"long_documents must be one of {', '.join(LONG_DOCUMENTS)}, not {long_documents!r}.")
-        if instruction is not None and (not isinstance(instruction, str) or not instruction.strip()):
-            raise ValueError("instruction must be a non-empty string; leave it out for the model's own prompt.")
-
-        def given(**options):
-            return {name: value for name, value in options.items() if value is not None}
-
-        return (
-            given(instruction=instruction, max_length=max_length, long_documents=long_documents),
-            given(batch_tokens=batch_tokens, shared_prefix=shared_prefix),
-            given(
-                top_k=top_k,
-                threshold=threshold,
-                return_documents=return_documents,
-                first_stage_scores=first_stage_scores,
-            ),
-        )
+    def _sanitize_parameters(self, **options):
+        if unknown := [name for name in options if name not in OPTIONS]:
+            raise TypeError(
+                f"text-ranking has no option {', '.join(unknown)}. It has {', '.join(OPTIONS)}: batches are counted in "
+                "tokens. Several devices are an option of querit.load."
+            )
+        options = {name: value for name, value in options.items() if value is not None}
+        for name, value in options.items():
+            kind, is_right, wanted = OPTIONS[name]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not is_right(value):
+                raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+        groups = (("instruction", "max_length", "long_documents"), ("batch_tokens", "shared_prefix"))
+        preprocess, forward = ({name: options.pop(name) for name in group if name in options} for group in groups)
+        return preprocess, forward, options
 
     def __call__(self, query=None, documents=None, **options) -> list:  # type: ignore[override]
         # Not the base class's loop over single inputs: pairs of many queries fill batches together.
@@ -149,18 +122,12 @@ class TextRankingPipeline(Pipeline):
         rankings = self.postprocess((requests, encoded, logits), **postprocess)
         return rankings[0] if single else rankings
 
-    def preprocess(  # type: ignore[override]
-        self,
-        requests: list[tuple[str, list]],
-        instruction: str | None = None,
-        max_length: int | None = None,
-        long_documents: str = "truncate",
-    ) -> list[list[list[EncodedPair]]]:
-        """requests -> encoded[query][document][window]."""
+    def preprocess(self, requests, instruction=None, max_length=None, long_documents="truncate"):  # type: ignore[override]
+        """[(query, documents)] -> encoded[query][document][window], of `EncodedPair`."""
         limit = self.max_length
         if max_length is not None and max_length > limit:
             raise ValueError(f"max_length={max_length} is over what this model takes: {limit} tokens.")
-        encoder = self._encoder(max_length or limit)
+        encoder = self.encoder(max_length or limit)
         encoded = []
         for query, documents in requests:
             texts = [document_text(document) for document in documents]
@@ -172,16 +139,11 @@ class TextRankingPipeline(Pipeline):
             encoded.append(pairs)
         return encoded
 
-    def _forward(  # type: ignore[override]
-        self, encoded, batch_tokens: int | None = None, shared_prefix: bool | None = None
-    ) -> torch.Tensor:
+    def _forward(self, encoded, batch_tokens=None, shared_prefix=None) -> torch.Tensor:  # type: ignore[override]
         places = [(q, d) for q, query in enumerate(encoded) for d, windows in enumerate(query) for _ in windows]
         pairs = [pair for query in encoded for windows in query for pair in windows]
-        options = (self.tokenizer.pad_token_id, batch_tokens, shared_prefix)
         try:
-            if self.workers is not None:
-                return self.workers.score_pairs(pairs, *options)
-            return score_pairs(self.model, pairs, *options)
+            return self.score_pairs(pairs, self.tokenizer.pad_token_id, batch_tokens, shared_prefix)
         except NonFiniteScoreError as error:
             q, d = places[error.index]
             raise ValueError(
@@ -189,26 +151,17 @@ class TextRankingPipeline(Pipeline):
                 "with dtype=torch.float32, or check its weights."
             ) from error
 
-    def postprocess(  # type: ignore[override]
-        self,
-        model_outputs,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        return_documents: bool = True,
-        first_stage_scores: list[list[float]] | None = None,
-    ) -> list[list[dict[str, Any]]]:
-        requests, encoded, logits = model_outputs
+    def postprocess(self, outputs, top_k=None, threshold=None, return_documents=True, first_stage_scores=None):  # type: ignore[override]
+        requests, encoded, logits = outputs
         values = iter(logits.double().tolist())
         rankings = []
         for number, ((_, documents), per_document) in enumerate(zip(requests, encoded, strict=True)):
             results = []
             for index, (document, windows) in enumerate(zip(documents, per_document, strict=True)):
-                scored = [(next(values), -place) for place, _ in enumerate(windows)]
-                logit, place = max(scored)
-                best = windows[-place]
-                probability = torch.sigmoid(torch.tensor(logit, dtype=torch.float64)).item()
-                score = torch.tanh(torch.tensor(logit / 2, dtype=torch.float64)).item()
-                result = {"index": index, "score": score, "probability": probability, "logit": logit}
+                logit, place = max((next(values), -place) for place, _ in enumerate(windows))
+                half, best = torch.tensor(logit / 2, dtype=torch.float64), windows[-place]
+                probability = torch.sigmoid(2 * half).item()
+                result = {"index": index, "score": half.tanh().item(), "probability": probability, "logit": logit}
                 if return_documents:
                     result["document"] = document
                 result["truncated"] = best.truncated
@@ -224,48 +177,56 @@ class TextRankingPipeline(Pipeline):
             rankings.append(results[:top_k])
         return rankings
 
-    def _encoder(self, max_length: int) -> PromptEncoder:
-        if max_length not in self._encoders:
-            self._encoders[max_length] = PromptEncoder(self.tokenizer, max_length)
-        return self._encoders[max_length]
+    def score_pairs(self, pairs: Sequence[EncodedPair], *options) -> torch.Tensor:
+        """As `scoring_querit.score_pairs`. A subclass may compute elsewhere."""
+        return score_pairs(self.model, pairs, *options)
+
+    def encoder(self, max_length: int) -> PromptEncoder:
+        if self._encoder is None:
+            self._encoder = PromptEncoder(self.tokenizer, self.max_length)
+        return self._encoder.limited(max_length)
+
+
+class _RemoteClass:
+    """Pickles as the class itself, once the folder is importable in which transformers keeps remote code."""
+
+    def __init__(self, kind: type | None):
+        self.kind = kind
+
+    def __reduce__(self):
+        return (operator.getitem, ((_RemoteClass(None), self.kind), 1)) if self.kind else (init_hf_modules, ())
 
 
 def read_requests(query: Any, documents: Any) -> tuple[list[tuple[str, list]], bool]:
     """The forms of a call -> [(query, documents), ...] and whether it was a single one."""
-    if isinstance(query, str):
-        if documents is None:
-            raise TypeError("documents are missing: call ranker(query, documents).")
-        return [_read_request(query, documents)], True
-    if documents is not None:
-        raise TypeError(
-            f"The query must be a string, not {type(query).__name__}. For several queries give a list of "
-            '{"query": ..., "documents": [...]}.'
-        )
+    if documents is not None or isinstance(query, str):
+        return [_read_request({"query": query, "documents": documents})], True
     if isinstance(query, Mapping):
-        return [_read_mapping(query, "")], True
-    if isinstance(query, Sequence):
-        return [_read_mapping(request, f" {number}") for number, request in enumerate(query)], False
+        return [_read_request(query)], True
+    if isinstance(query, Iterable):
+        return [_read_request(request, f" {number}") for number, request in enumerate(query)], False
     raise TypeError(
         f'Expected (query, documents), {{"query", "documents"}} or a list of such dicts, not {type(query).__name__}.'
     )
 
 
-def _read_mapping(request: Any, number: str) -> tuple[str, list]:
+def _read_request(request: Any, number: str = "") -> tuple[str, list]:
     if not isinstance(request, Mapping):
         raise TypeError(f'Request{number} must be a dict {{"query", "documents"}}, not {type(request).__name__}.')
-    keys = [key for key in ("documents", "texts") if key in request]
-    if "query" not in request or len(keys) != 1:
-        raise ValueError(f'Request{number} must have "query" and either "documents" or "texts"; it has {[*request]}.')
-    return _read_request(request["query"], request[keys[0]])
-
-
-def _read_request(query: Any, documents: Any) -> tuple[str, list]:
+    if sorted(request) not in (["documents", "query"], ["query", "texts"]):
+        raise ValueError(
+            f'Request{number} must have "query" and either "documents" or "texts", and no more; it has {[*request]}. '
+            "Options, like top_k, are given to the call."
+        )
+    query, documents = request["query"], request.get("documents", request.get("texts"))
     if not isinstance(query, str):
-        raise TypeError(f"The query must be a string, not {type(query).__name__}.")
+        several = ' For several queries give a list of {"query": ..., "documents": [...]}.'
+        raise TypeError(f"The query must be a string, not {type(query).__name__}.{several}")
     if not query.strip():
         raise ValueError("The query is empty.")
     if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
-        raise TypeError(f"documents must be a list of strings or dicts, not {type(documents).__name__}.")
+        fix = ": give list(documents)" if isinstance(documents, Iterable) and not isinstance(documents, str) else ""
+        raise TypeError(f"documents must be a list of strings or dicts, not {type(documents).__name__}{fix}.")
     for index, document in enumerate(documents):
         try:
             document_text(document)
@@ -276,13 +237,13 @@ def _read_request(query: Any, documents: Any) -> tuple[str, list]:
 
 def check_first_stage(scores: Any, requests: list[tuple[str, list]]) -> list[list[float]]:
     try:
-        rows = [[float(score) for score in row] for row in scores]
+        rows = [[float(score) for score in row] for row in scores if not isinstance(row, str | Mapping | Set)]
     except (TypeError, ValueError):
         rows = []
     if [len(row) for row in rows] != [len(documents) for _, documents in requests] or not all(
         isfinite(score) for row in rows for score in row
     ):
-        raise ValueError("first_stage_scores must hold one finite number for each document, in the same order.")
+        raise ValueError("first_stage_scores must be a list of one finite number for each document, in the same order.")
     return rows
 
 

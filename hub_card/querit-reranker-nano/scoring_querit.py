@@ -1,5 +1,7 @@
 """Encoded pairs -> scores in the caller's order: batches by token budget, shared prefixes, back-off of memory."""
 
+import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -7,27 +9,25 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from .layouts_querit import can_share_prefix, layout_of
-from .linear_querit import pack_linear_layers
 from .prompting_querit import EncodedPair
 
 logger = logging.get_logger(__name__)
 
 # Tokens of a forward pass. On a CPU the batch whose activations stay in its cache is fastest, so where a token makes
-# more of them (the width inside a feed-forward layer), fewer tokens go together; and each of many experts should get
-# enough. On two cores, in bfloat16: the 0.6B and the 4B (3,072 and 9,728 wide) are up to 20% and 3 to 8% faster at 256
-# tokens than at 512, Nano (1,536) 5% at 1,024 than at 512, and the A0.4B up to 9% at 2,048 than at 1,024.
-BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_WIDE, BATCH_TOKENS_CPU_EXPERTS, BATCH_TOKENS_GPU = 1024, 256, 2048, 16384
+# more of them (the width inside a feed-forward layer), fewer tokens go together. On two cores, in bfloat16, the 0.6B
+# and the 4B (3,072 and 9,728 wide) are up to 20% and 8% faster at 256 tokens than at 512, Nano (1,536) 5% at 1,024.
+BATCH_TOKENS_CPU, BATCH_TOKENS_CPU_WIDE, BATCH_TOKENS_GPU = 1024, 256, 16384
 WIDE = 2048
-# Computing the prompt once is worth its bookkeeping from this share of the tokens on.
-LEAST_SHARED = 0.1
+# Computing the prompt once pays where it saves this share of the tokens, and the documents fill this share of a batch.
+LEAST_SHARED, LEAST_FILLED = 0.1, 0.25
 # Largest difference of a logit between two ways (batch, order, padding side, shared prefix) to score the same pair.
-# Measured with random weights and logits of order 1, in 2 and 12 layers: 7e-6, 2e-2, 5e-2. In bfloat16 a mixture of
-# experts may go beyond it (seen: 0.9 at 12 layers): rounding may choose another expert where two are nearly equal.
+# In bfloat16 a mixture of experts may go beyond it: rounding may choose another expert where two are nearly equal.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -55,8 +55,8 @@ def score_pairs(
     Args:
         model: a `QueritForSequenceClassification`.
         pad_token_id: any id of the vocabulary does; 0 if None.
-        batch_tokens: most tokens of a forward pass, padding among them; if None 1,024 on CPUs (256 for wide models,
-            2,048 for mixtures of experts), 16,384 elsewhere. Halved when memory runs out.
+        batch_tokens: most tokens of a forward pass, padding among them; if None 1,024 on CPUs (256 for wide models),
+            16,384 elsewhere. Halved when memory runs out.
         shared_prefix: compute the prompt of a query once for all its documents (causal backbones with full attention).
             None uses it where it saves a tenth of the tokens or more.
         progress: show a bar on a terminal, after three seconds.
@@ -66,18 +66,18 @@ def score_pairs(
     """
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(model)
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     able = can_share_prefix(model)
     if shared_prefix and not able:
         raise ValueError(
             "shared_prefix needs a causal backbone with full attention, read out at its last token; leave it at None."
         )
-    unique, places = unique_pairs(pairs)
+    numbers: dict[EncodedPair, int] = {}
+    places = [numbers.setdefault(pair._replace(truncated=False, span=None), len(numbers)) for pair in pairs]
+    unique = list(numbers)
     together: list[list[int]] = []
     alone = list(range(len(unique)))
     if able and shared_prefix is not False:
-        together, alone = split_by_prefix(unique, shared_prefix)
+        together, alone = split_by_prefix(unique, shared_prefix, batch_tokens)
     logits = torch.empty(len(unique), dtype=torch.float32)
     engine = _Engine(model, unique, pad_token_id or 0, batch_tokens)
     was_training = model.training
@@ -85,52 +85,43 @@ def score_pairs(
     hide = None if progress else True  # None: where there is no terminal
     try:
         with torch.inference_mode(), tqdm(total=len(unique), desc="Scoring", unit="pair", delay=3, disable=hide) as bar:
-            for batch, values in chain(engine.plain(alone), engine.shared(together)):
+            for batch, values in chain(engine.whole(alone), *map(engine.shared, together)):
                 logits[batch] = values
                 bar.update(len(batch))
     finally:
         model.train(was_training)
-    return in_places(logits, places, model.dtype)
+    logits = logits[torch.tensor(places, dtype=torch.long)]
+    if not torch.isfinite(logits).all():
+        index = int((~torch.isfinite(logits)).nonzero()[0])
+        raise NonFiniteScoreError(index, logits[index].item(), model.dtype)
+    return logits
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:
     if model.device.type != "cpu":
         return BATCH_TOKENS_GPU
-    config = model.config
-    if getattr(config, "moe_intermediate_size", None):
-        return BATCH_TOKENS_CPU_EXPERTS
-    width = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    width = getattr(model.config, "intermediate_size", 4 * model.config.hidden_size)
     return BATCH_TOKENS_CPU_WIDE if width > WIDE else BATCH_TOKENS_CPU
 
 
-def unique_pairs(pairs: Sequence[EncodedPair]) -> tuple[list[EncodedPair], list[int]]:
-    """The different pairs, and the place of each of `pairs` among them.
-
-    Equal pairs are computed once: at another place of a batch, rounding could part their scores.
-    """
-    numbers: dict[EncodedPair, int] = {}
-    places = [numbers.setdefault(pair._replace(truncated=False, span=None), len(numbers)) for pair in pairs]
-    return list(numbers), places
+def can_share_prefix(model: PreTrainedModel) -> bool:
+    """Whether prefixes can be computed by themselves: they never look at the document, nor the read-out at them."""
+    slides = getattr(model.config, "sliding_window", None)
+    layers = getattr(model.config, "layer_types", None) or ["sliding_attention" if slides else "full_attention"]
+    return bool(model.is_causal) and model.pooling == "last" and set(layers) == {"full_attention"}
 
 
-def in_places(logits: torch.Tensor, places: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """`(unique pairs,)` -> `(pairs,)`. Raises `NonFiniteScoreError` for the first that is not finite."""
-    logits = logits[torch.tensor(places, dtype=torch.long)]
-    if not torch.isfinite(logits).all():
-        index = int((~torch.isfinite(logits)).nonzero()[0])
-        raise NonFiniteScoreError(index, logits[index].item(), dtype)
-    return logits
-
-
-def split_by_prefix(pairs: Sequence[EncodedPair], force: bool | None) -> tuple[list[list[int]], list[int]]:
+def split_by_prefix(
+    pairs: Sequence[EncodedPair], force: bool | None, batch_tokens: int
+) -> tuple[list[list[int]], list[int]]:
     """Indices of the pairs that share a prefix worth computing once, group by group, and of those that do not."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.prefix, []).append(index)
     together, alone = [], []
     for prefix, rows in groups.items():
-        saved = (len(rows) - 1) * len(prefix)
-        pays = saved >= LEAST_SHARED * sum(pairs[row].num_tokens for row in rows)
+        tokens, saved = sum(pairs[row].num_tokens for row in rows), (len(rows) - 1) * len(prefix)
+        pays = saved >= LEAST_SHARED * tokens and tokens - saved >= LEAST_FILLED * batch_tokens
         if prefix and (force or (len(rows) > 1 and pays)):
             together.append(rows)
         else:
@@ -138,70 +129,75 @@ def split_by_prefix(pairs: Sequence[EncodedPair], force: bool | None) -> tuple[l
     return together, alone
 
 
+def padded_length(tokens: int) -> int:
+    """The next of 16 lengths per octave, 3% longer on average.
+
+    Each shape that was ever computed stays in memory, on a CPU as code compiled for it, on a GPU as blocks of the
+    allocator: with a length for every number of tokens, memory would grow with the number of documents.
+    """
+    step = 1 << max(0, tokens.bit_length() - 5)
+    return -(-tokens // step) * step
+
+
 class _Engine:
     """Runs batches and keeps the token budget that memory allows."""
 
     def __init__(self, model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, batch_tokens: int):
-        self.pairs, self.budget, self.device = pairs, batch_tokens, model.device
-        self.layout = layout_of(model, pad_token_id)
+        self.model, self.pairs, self.pad_token_id, self.budget = model, pairs, pad_token_id, batch_tokens
 
-    def plain(self, rows: list[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Whole pairs, longest first: neighbours are of a length, and memory fails at the start if it does."""
+    def whole(self, rows: list[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        def forward(pairs: list[EncodedPair]) -> torch.Tensor:
+            ids, mask = self.pad([pair.input_ids for pair in pairs])
+            options = {}
+            if any(pair.document_type for pair in pairs):  # segments, of backbones that know them
+                options["token_type_ids"] = mask * self.pad([pair.token_type_ids for pair in pairs])[0]
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+
+        return self.batches(rows, 0, forward)
+
+    def shared(self, rows: list[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Pairs with the same prefix: it is computed once, and the rest of each attends to its keys and values."""
+        prefix = self.pairs[rows[0]].prefix
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([prefix], device=self.model.device)
+        self.attempt(len(prefix), rows[:1], self.model.model, input_ids=ids, past_key_values=cache, use_cache=True)
+
+        def after_prefix(pairs: list[EncodedPair]) -> torch.Tensor:
+            ids, mask = self.pad([[*pair.document, *pair.suffix] for pair in pairs])
+            past = copy.deepcopy(cache)  # each pass adds to the one that it is given
+            past.batch_repeat_interleave(len(pairs))
+            mask = torch.cat([mask.new_ones(len(pairs), len(prefix)), mask], 1)
+            return self.model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True).logits
+
+        yield from self.batches(rows, len(prefix), after_prefix)
+
+    def batches(self, rows: list[int], past: int, forward: Callable) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Longest first: neighbours are of a length, and memory fails at the start if it does."""
         rows = sorted(rows, key=lambda row: -self.pairs[row].num_tokens)
         while rows:
-            batch, tokens = self.batch(rows, lambda pair: pair.num_tokens)
-            values = self.attempt(tokens, self.layout.whole, batch, [self.pairs[row] for row in batch])
-            if values is not None:
+            width = padded_length(self.pairs[rows[0]].num_tokens - past) + past
+            batch = rows[: max(1, self.budget // width)]
+            logits = self.attempt(width * len(batch), batch, forward, [self.pairs[row] for row in batch])
+            if logits is not None:
                 rows = rows[len(batch) :]
-                yield batch, values
+                yield batch, logits.squeeze(-1).cpu()
 
-    def shared(self, groups: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Prompts of several queries at a time, then their documents, which attend to the prompts' keys and values."""
-        groups = sorted(groups, key=lambda rows: -len(self.pairs[rows[0]].prefix))
-        while groups:
-            firsts, tokens = self.batch([rows[0] for rows in groups], lambda pair: len(pair.prefix))
-            cache = self.attempt(tokens, self.layout.prefixes, firsts, [self.pairs[row].prefix for row in firsts])
-            if cache is None:
-                continue
-            chunk, groups = groups[: len(firsts)], groups[len(firsts) :]
-            group_of = {row: group for group, rows in enumerate(chunk) for row in rows}
-            rows = sorted(group_of, key=lambda row: -self.pairs[row].num_tokens)
-            while rows:
-                batch, tokens = self.batch(
-                    rows, lambda pair: len(pair.document) + len(pair.suffix), lambda pair: len(pair.prefix)
-                )
-                pairs, places = [self.pairs[row] for row in batch], [group_of[row] for row in batch]
-                values = self.attempt(tokens, self.layout.documents, batch, pairs, cache, places)
-                if values is not None:
-                    rows = rows[len(batch) :]
-                    yield batch, values
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(tensors, True, self.pad_token_id)
+        mask = pad_sequence([torch.ones_like(row) for row in tensors], True)
+        more = (0, padded_length(ids.shape[1]) - ids.shape[1])
+        return pad(ids, more, value=self.pad_token_id).to(self.model.device), pad(mask, more).to(self.model.device)
 
-    def batch(
-        self, rows: list[int], length: Callable[[EncodedPair], int], past: Callable[[EncodedPair], int] = lambda pair: 0
-    ) -> tuple[list[int], int]:
-        """As many of the first rows as the budget allows, one at least, and the tokens that they count."""
-        batch: list[int] = []
-        longest = longest_past = total = tokens = 0
-        for row in rows:
-            pair = self.pairs[row]
-            longest, longest_past = max(longest, length(pair)), max(longest_past, past(pair))
-            total += length(pair)
-            more = self.layout.tokens(len(batch) + 1, longest, longest_past, total)
-            if batch and more > self.budget:
-                break
-            batch.append(row)
-            tokens = more
-        return batch, tokens
-
-    def attempt(self, tokens: int, forward: Callable, batch: list[int], *args):
+    def attempt(self, tokens: int, batch: list[int], forward: Callable, *args, **kwargs):
         """The result of a forward pass of so many tokens for the rows of `batch`, or None if memory ran out.
 
         The budget is half of them then, and the caller tries again.
         """
         try:
-            return forward(*args)
+            return forward(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not (isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error), re.IGNORECASE)):
                 raise
             if len(batch) == 1:
                 longest = self.pairs[batch[0]].num_tokens
@@ -211,30 +207,20 @@ class _Engine:
                 ) from error
         self.budget = max(1, tokens // 2)
         logger.warning(f"Out of memory; going on with batch_tokens={self.budget}.")
-        if self.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "allocate memory" in text
-    )
-
-
 @lru_cache
 def fastest_cpu_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (0.2 s), else float32."""
-    best: dict[torch.dtype, float] = {}
-    layers = {dtype: nn.Linear(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    for layer in layers.values():
-        pack_linear_layers(layer)
+    """bfloat16 where this CPU multiplies it clearly faster than float32, measured once (0.3 s), else float32."""
+    dtypes, best = (torch.bfloat16, torch.float32), dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))
+    layers = {dtype: nn.Linear(768, 768, dtype=dtype) for dtype in dtypes}
     with torch.inference_mode():
-        for _ in range(8):  # in turns, so that whatever else runs here slows both; the first one warms up
-            for dtype, layer in layers.items():
-                rows = torch.ones(256, 1024, dtype=dtype)
-                start = time.perf_counter()
-                layer(rows)
-                best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - start)
+        for dtype in dtypes * 8:  # in turns, so that whatever else runs here slows both; the first one warms up
+            rows = torch.ones(256, 768, dtype=dtype)
+            start = time.perf_counter()
+            layers[dtype](rows)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
     return torch.bfloat16 if best[torch.bfloat16] < 0.8 * best[torch.float32] else torch.float32

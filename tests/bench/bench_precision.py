@@ -1,7 +1,7 @@
 """What a lower precision costs the released Nano in quality: bfloat16, and int8 of its ONNX export, beside float32.
 
     python -m tests.bench.bench_precision --output tests/bench/results/precision.json \\
-        --data ../shared/data/dev/wikiqa --retriever runs/querit-nano/base
+        --data ../shared/data/dev/wikiqa --retriever runs/querit-nano/retriever
 
 nDCG@10 of each over the same candidates of judged BEIR folders, and the difference from float32 with its 95% paired
 bootstrap interval. How fast each is, `bench_scoring` tells.
@@ -26,9 +26,9 @@ def quality(exported: Path, data: list[str], retriever: str, max_queries: int | 
 
     from hub_card.exported_onnx import load_onnx_ranker
     from recipes.evaluate import EvaluateArguments, first_stages, rerank
-    from recipes.judged_sets import judged_sets
-    from recipes.results import BASE, interval_of_mean
-    from recipes.systems import QueritCrossEncoder, find_weights
+    from recipes.lib.judged_sets import judged_sets
+    from recipes.lib.results import BASE, interval_of_mean
+    from recipes.lib.systems import QueritCrossEncoder, find_weights
 
     class OnnxCrossEncoder(QueritCrossEncoder):
         def __init__(self, file: Path):

@@ -75,9 +75,11 @@ def write_folder(folder: Path, config: PreTrainedConfig) -> Path:
 
 
 def linear_parameters(config: PreTrainedConfig) -> int:
-    """Weights that each token is multiplied by: of a mixture, those of the experts it goes to."""
+    """Weights that each token is multiplied by: of a mixture, those of the experts it goes to; no head's, nor a
+    pooler's, which are multiplied by once a pair."""
     with torch.device("meta"):
         model = QueritForSequenceClassification(config)
+    model.model.pooler = None
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     all_of_them = sum(p.numel() for p in model.model.parameters() if p.dim() > 1)
     embeddings = sum(p.numel() for name, p in model.model.named_parameters() if "embed" in name and p.dim() > 1)

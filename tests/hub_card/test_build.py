@@ -13,23 +13,32 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, pipeline
+from sentence_transformers import CrossEncoder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from typer.testing import CliRunner
 
+import querit
 from hub_card import build as module
 from hub_card.build import build
 from hub_card.card import render
 from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
+from querit import cli
+from recipes.merge import MergeArguments
+from recipes.merge import main as merge
 from tests.hub_card.folders_for_tests import BUILT, LENGTH, NANO, ROOT, SYSTEM, built, by_index
 from tests.loopback_hub import LoopbackHub
-from tests.models_for_tests import KINDS, folder_of, save_folder, tiny_model
+from tests.models_for_tests import CAUSAL_KINDS, KINDS, folder_of, save_folder, tiny_model, tokenizer_of
 
 QUERIT = Path(sys.executable).with_name("querit")
 QUERY, DOCUMENTS = "rain", ["Rain fell all night.", "The train stops twice.", "oil", "图书馆每天早上九点开门。"]
 CARD = "---\nlicense: apache-2.0\n---\n\n# A tiny model\n"
 FILES = {
     "README.md", "LICENSE", "SHA256SUMS", "probes.json", "config.json", "model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
-    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", *REMOTE_CODE,
+    "tokenizer_config.json", "handler.py", *REMOTE_CODE,
+}  # fmt: skip
+FOR_CAUSAL = {
+    "chat_template.jinja", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
 }  # fmt: skip
 
 
@@ -45,7 +54,7 @@ def scores(folder: Path) -> list[float]:
 @pytest.mark.parametrize("kind", BUILT)
 def test_the_files_and_their_sums(kind):
     folder = built(kind)
-    more = {"qwen3": {"chat_template.jinja"}, "deepseek_v3": {"chat_template.jinja"}, "nano": {"merge.json"}}
+    more = {"qwen3": FOR_CAUSAL, "deepseek_v3": FOR_CAUSAL, "nano": {"merge.json"}}
     expected = FILES | more.get(kind, set())
     there = set(files_in(folder))
     results = {path for path in there if path.startswith(".eval_results/")}
@@ -158,7 +167,8 @@ def test_a_build_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path):
-    tiny_model("bert").model.save_pretrained(tmp_path / "in" / "backbone")
+    tiny_model("qwen3").model.save_pretrained(tmp_path / "in" / "backbone")
+    tokenizer_of("qwen3").save_pretrained(tmp_path / "in" / "backbone")
     with pytest.raises(ValueError, match="is no Querit reranker"):
         build(tmp_path / "in" / "backbone", tmp_path / "out", CARD)
     (tmp_path / "notes").mkdir()
@@ -200,4 +210,68 @@ def test_a_build_loads_by_the_class_installed_here():
     for kind in KINDS:
         model, info = QueritForSequenceClassification.from_pretrained(built(kind), output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert model.pooling == ("mean" if kind == "bert" else "last")
+        assert model.pooling == ("cls" if kind == "bert" else "last")
+
+
+def test_to_other_engines_a_bert_is_a_plain_one_and_the_others_have_no_labels():
+    config = json.loads((built("bert") / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+    tokenizer = json.loads((built("bert") / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no TokenizersBackend
+    for kind in CAUSAL_KINDS:
+        config = json.loads((built(kind) / "config.json").read_text())
+        assert config["id2label"] == config["label2id"] == {} and "num_labels" not in config
+        # The head is not that of transformers: nothing comes out, instead of what a random one says.
+        theirs = AutoModelForSequenceClassification.from_pretrained(built(kind), trust_remote_code=False)
+        assert theirs(torch.tensor([[1, 2, 3]])).logits.shape == (1, 0)
+
+
+def probabilities(folder: Path) -> list[float]:
+    model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    return model.predict([(QUERY, document) for document in DOCUMENTS]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+@pytest.mark.parametrize("trust", [False, True])
+def test_what_sentence_transformers_trained_and_saved_becomes_a_release_with_one_head(kind, trust, tmp_path):
+    saved, options = tmp_path / "saved", {"dtype": torch.float32}
+    model = CrossEncoder(str(built(kind)), device="cpu", trust_remote_code=trust, model_kwargs=options)
+    head = model[0].model.classifier if kind == "bert" else model[2].linear
+    with torch.no_grad():
+        head.weight += 0.3 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0))
+        head.bias -= 0.2
+    model.save_pretrained(str(saved))
+    expected = model.predict([(QUERY, document) for document in DOCUMENTS]).tolist()
+    assert max(abs(a - b) for a, b in zip(expected, probabilities(built(kind)), strict=True)) > 0.01
+    if kind == "qwen3":
+        with pytest.raises(ValueError, match="querit build"):
+            querit.load(saved)
+    folder = build(saved, tmp_path / "release", CARD, LENGTH, dtype=torch.float32)
+    assert probabilities(folder) == pytest.approx(expected, abs=1e-5)
+    assert [(score + 1) / 2 for score in scores(folder)] == pytest.approx(expected, abs=1e-5)
+    assert by_index(querit.load(folder, dtype="float32")(QUERY, DOCUMENTS), "probability") == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 94080108\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "fix"), [(POINTER, "git lfs pull"), (None, "Download it again"), (b"", "truncated")]
+)
+def test_broken_weights_are_one_sentence_wherever_they_are_loaded(content, fix, tmp_path):
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "cut")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
+    (tmp_path / "notes.txt").write_text("A line.\n")
+    for command in (
+        ["rank", QUERY, str(tmp_path / "notes.txt"), "--model", str(folder)],
+        ["build", str(folder), str(tmp_path / "out")],
+    ):
+        found = CliRunner().invoke(cli.app, command)
+        assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.exception
+        assert str(file) in found.output.replace("\n", "") and fix in found.output.replace("\n", " ")
+    with pytest.raises(ValueError, match=fix):
+        merge(MergeArguments(models=[str(folder), str(folder_of("bert"))], output_dir=str(tmp_path / "merged")))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merged").exists()

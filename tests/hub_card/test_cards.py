@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from statistics import fmean
 
@@ -15,11 +16,11 @@ from markdown_it import MarkdownIt
 from mteb.models.model_implementations import querit_models
 from typer.testing import CliRunner
 
-import querit
 from hub_card.build import SUMS
-from hub_card.card import TEMPLATES, member_of, members, render
-from hub_card.engines import installed_ranker
+from hub_card.card import TEMPLATES, member_of, members, reliability_table, render, sources_of
+from hub_card.engines import OLDEST_FOR_BERT, OLDEST_FOR_OTHERS, installed_ranker
 from hub_card.lineage import data_sets, stages_of
+from querit import cli
 from tests.hub_card.folders_for_tests import CARDS, DEV, NANO, ROOT, SYSTEM, built
 
 QUERY = "Why does the sea rise twice a day?"
@@ -94,7 +95,7 @@ def test_the_lines_for_vllm_name_what_the_export_writes(kind, tmp_path, monkeypa
     download, export, serve = (line.split() for line in text.splitlines())
     assert download == ["hf", "download", hub_id(kind), "--local-dir", "model"]
     shutil.copytree(built(kind), "model")
-    done = CliRunner().invoke(querit.app, export[1:])
+    done = CliRunner().invoke(cli.app, export[1:])
     assert done.exit_code == 0, done.output
     assert serve[:3] == ["vllm", "serve", "exported"]
     assert Path(serve[serve.index("--chat-template") + 1]).is_file()
@@ -106,7 +107,7 @@ def test_the_lines_for_vllm_name_what_the_export_writes(kind, tmp_path, monkeypa
 
 def test_nanos_results_are_those_of_the_file():
     results = json.loads((DEV / "results.json").read_text())
-    by_set, way = tables(section(card("nano"), "How it scores"))
+    by_set, by_language, way = tables(section(card("nano"), "How it scores"))
     systems = ["BM25", "retriever", SYSTEM, f"{SYSTEM} + first stage"]
     assert by_set[0] == [
         "set",
@@ -123,6 +124,16 @@ def test_nanos_results_are_those_of_the_file():
         assert [float(cell) for cell in row[3:]] == pytest.approx([100 * value for value in values], abs=0.056)
     means = [results["mean"][system]["score"] for system in systems]
     assert [float(cell) for cell in by_set[-2][3:]] == pytest.approx(means, abs=0.051)
+    languages = yaml.safe_load((TEMPLATES / "querit-reranker-nano.yaml").read_text())["languages"]
+    assert set(results["sets"]) <= set(languages)
+    for language, count, *cells in by_language[1:]:
+        sets = [entry["scores"] for name, entry in results["sets"].items() if languages[name] == language]
+        assert int(count) == len(sets)
+        means = [fmean(scores[system] for scores in sets) for system in systems[1:]]
+        assert [float(cell) for cell in cells] == pytest.approx(means, abs=0.051)
+    behind = {name for name, x in results["sets"].items() if x["scores"][SYSTEM] < x["scores"]["retriever"]}
+    told = re.search(r"behind its first stage on (.*)\.\n", card("nano"))[1]
+    assert set(told.split(", ")) == behind or (not behind and told == "none of these sets")
     assert [row[0] for row in way[1:]] == ["first stage" if s == "retriever" else s for s in results["mean"]]
     for row in way[1:]:
         mean = results["mean"]["retriever" if row[0] == "first stage" else row[0]]
@@ -143,7 +154,7 @@ def test_nanos_other_numbers_come_from_files_too():
         told = [float(x) for x in re.findall(r"[+-]?[\d.]+", difference)] or [0, 0, 0]
         assert told == pytest.approx([over["gain"], *over["interval"]], abs=0.051)
     text = card("nano").split("\n---\n", 1)[1]
-    assert f"pruned to {config['vocab_size']:,} pieces" in text.replace("\n", " ")
+    assert f"{config['vocab_size']:,} pieces of eight languages" in text.replace("\n", " ")
     limit = json.loads((NANO / "tokenizer_config.json").read_text())["model_max_length"]
     assert f"reads pairs of up to {limit} tokens" in text
     recipe = ROOT / "recipes" / "querit-nano"
@@ -153,6 +164,9 @@ def test_nanos_other_numbers_come_from_files_too():
         f"4_adapt_{Path(model).name.removeprefix('adapted-')}"
         for model in yaml.safe_load((recipe / "5_merge.yaml").read_text())["models"]
     }
+    sources = [row[0] for row in tables(section(text, "What it was trained on"))[1][1:]]
+    known = yaml.safe_load((TEMPLATES / "querit-reranker-nano.yaml").read_text())["data"]
+    assert sources and set(sources) <= {entry["what"] for entry in known}
     for name in set(rows) & set(trainings):
         config = trainings[name]
         assert f"up to {config['max_groups']:,} queries" in rows[name] and f"loss {config['loss']}," in rows[name]
@@ -202,7 +216,11 @@ def test_the_metadata(kind):
     data = ModelCard.load(built(kind) / "README.md").data
     assert data.language == ["zh", "en", "es", "fr", "de", "ru", "ko", "ja"]
     assert (data.license, data.pipeline_tag, data.library_name) == ("apache-2.0", "text-ranking", "transformers")
-    bases = {"qwen3": "Querit/Querit-4B", "deepseek_v3": "Querit/Querit", "nano": "intfloat/multilingual-e5-small"}
+    bases = {
+        "qwen3": "Querit/Querit-4B",
+        "deepseek_v3": "Querit/Querit",
+        "nano": "cross-encoder/ms-marco-MiniLM-L-12-v2",
+    }
     assert data.base_model == bases[kind]
     assert {"custom_code", "sentence-transformers"} <= set(data.tags)
     assert data.datasets and data.metrics == ["ndcg_at_10"]
@@ -220,7 +238,7 @@ def test_a_card_is_made_anew_from_the_same_files(kind):
 
 def test_other_results_make_another_card(tmp_path):
     results = json.loads((DEV / "results.json").read_text())
-    results["sets"]["cacm"]["scores"][SYSTEM] = 98.76
+    results["sets"]["wikiqa"]["scores"][SYSTEM] = 98.76
     results["mean"][SYSTEM] = {"score": 76.54, "gain": 5.0, "interval": [1.0, 9.0]}
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = render(built("nano"), "querit-reranker-nano", tmp_path)
@@ -229,7 +247,7 @@ def test_other_results_make_another_card(tmp_path):
     results["mean"][SYSTEM]["interval"] = [-1.0, 9.0]
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "neither clearly better nor clearly worse" in render(built("nano"), "querit-reranker-nano", tmp_path)
-    results["sets"]["cacm"]["scores"][[*results["settings"]["models"]][-1]] = 87.63
+    results["sets"]["wikiqa"]["scores"][[*results["settings"]["models"]][-1]] = 87.63
     (tmp_path / "results.json").write_text(json.dumps(results))
     plain = render(built("bert"), None, tmp_path)  # of any model: the last one that was measured
     assert plain.split("\n---\n")[1].startswith("\n# bert\n") and "| 87.6 |" in plain
@@ -244,6 +262,34 @@ def test_without_results_a_card_says_so(tmp_path):
     assert "was not measured" in render(built("bert"))
     with pytest.raises(FileNotFoundError, match=r"no .*results\.json"):
         render(built("bert"), None, tmp_path)
+
+
+def test_what_is_not_known_is_not_told_and_no_path_is():
+    text = render(built("bert"))
+    assert 'model="YOUR-NAME/bert"' in text and "--model YOUR-NAME/bert" in text
+    for place in (tempfile.gettempdir(), str(Path.home()), str(ROOT)):
+        assert f"{place}/" not in text
+    for name, version in OLDEST_FOR_BERT.items():
+        assert f"{name} {version}" in text
+    causal = card("qwen3")
+    assert all(f"{name} {version}" in causal for name, version in OLDEST_FOR_OTHERS.items())
+
+
+def test_the_reliability_of_the_probability_is_told_by_language(tmp_path):
+    values = {"n": 1234, "ece": 0.0567, "right_mean": 0.81, "wrong_mean": None, "bins": []}
+    (tmp_path / "reliability.json").write_text(json.dumps({"ru-en": values}))
+    [table] = tables(reliability_table(tmp_path / "reliability.json") + "\n")
+    assert table[1] == ["ru-en", "1,234", "0.057", "0.81", ""]
+    assert reliability_table(tmp_path / "none.json") == ""
+
+
+def test_no_card_is_made_of_data_without_a_licence():
+    known = yaml.safe_load((TEMPLATES / "querit-reranker-nano.yaml").read_text())["data"]
+    assert all(source["licence"] and source["what"] for source in known)
+    told = sources_of(["mlqa-de", "mlqa-en", "jaquad-ja"], known)
+    assert [source["folders"] for source in told] == [["jaquad"], ["mlqa"]]
+    with pytest.raises(ValueError, match="tells no licence of scraped-en"):
+        sources_of(["mlqa-de", "scraped-en"], known)
 
 
 def test_a_member_is_known_by_its_folder():

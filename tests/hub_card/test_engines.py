@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from functools import cache
-from pathlib import Path
 
 import mteb
 import pytest
@@ -23,7 +26,6 @@ from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from tests.hub_card.folders_for_tests import NANO, built, by_index
 from tests.hub_card.test_convert import converted
-from tests.models_for_tests import SCRATCH, save_folder, tiny_model
 
 TOLERANCE = 2e-5  # of scores and probabilities, in float32
 QUERY = "What does a bicycle need?"
@@ -39,19 +41,11 @@ LONG = "The home team won by two goals. " * 100
 REQUESTS = {QUERY: DOCUMENTS, "誰が灯台を守るの": DOCUMENTS[::-1]}
 
 
-@cache
-def cls_folder() -> Path:
-    folder, model = SCRATCH / "read-out-at-the-first-token", tiny_model("bert", classifier_pooling="cls")
-    save_folder(folder, "bert", model)
-    write_sentence_transformers_files(folder, model.head.weight, model.head.bias, "cls", chat_template=False)
-    return folder
-
-
 FOLDERS = {
     "nano": lambda: NANO,
     "qwen3": lambda: built("qwen3"),
     "deepseek_v3": lambda: built("deepseek_v3"),
-    "bert, cls": cls_folder,
+    "bert": lambda: built("bert"),
     "converted": lambda: converted("qwen3"),
 }
 CAUSAL = ["qwen3", "deepseek_v3", "converted"]
@@ -89,6 +83,21 @@ def test_cross_encoder_ranks_without_remote_code(name):
     assert trusting.predict(pairs) == pytest.approx(by_index(results, "probability"), abs=TOLERANCE)
 
 
+def test_a_bert_loads_without_trust_and_without_a_word():
+    """No report of missing or unexpected keys, no class that was "newly initialized": a person stops there."""
+    code = (
+        "import sys; from sentence_transformers import CrossEncoder; from transformers import pipeline; "
+        "CrossEncoder(sys.argv[1]).predict([('a', 'b')]); "
+        "pipeline('text-classification', model=sys.argv[1], device='cpu')({'text': 'a', 'text_pair': 'b'})"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(built("bert"))], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.search("(?i)missing|unexpected|newly initialized|trust_remote_code|warning", done.stderr), done.stderr
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_cross_encoder_truncates_as_the_pipeline(name):
     model, limit = cross_encoder(name), ranker(name).max_length
@@ -96,7 +105,7 @@ def test_cross_encoder_truncates_as_the_pipeline(name):
     ids, mask = features["input_ids"], features["attention_mask"]
     assert ids.shape == (2, limit)
     assert mask[0].all()
-    end = model.tokenizer.convert_tokens_to_ids("[CLS]" if name in CAUSAL else "</s>")
+    end = model.tokenizer.convert_tokens_to_ids("[CLS]" if name in CAUSAL else "[SEP]")
     assert [row[real.bool()][-1].item() for row, real in zip(ids, mask, strict=True)] == [end, end]
     [result] = ranker(name)(QUERY, [LONG])
     assert result["truncated"]
@@ -168,7 +177,7 @@ def test_mtebs_cross_encoder(name, tmp_path):
     assert result.get_score() == pytest.approx(sum(gains) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["nano", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["nano", "bert", "qwen3", "deepseek_v3"])
 def test_trls_reward_trainer_takes_the_folder(name, tmp_path):
     folder = FOLDERS[name]()
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(folder), 64)
@@ -186,5 +195,5 @@ def test_trls_reward_trainer_takes_the_folder(name, tmp_path):
     assert result.training_loss == pytest.approx(expected, rel=0.2)  # there with dropout
     trainer.save_model(str(tmp_path / "saved"))
     before, after = (QueritForSequenceClassification.from_pretrained(path) for path in (folder, tmp_path / "saved"))
-    assert not torch.equal(before.head.weight.float(), after.head.weight.float())
+    assert not torch.equal(before.relevance_head.weight.float(), after.relevance_head.weight.float())
     assert not torch.equal(before.get_input_embeddings().weight.float(), after.get_input_embeddings().weight.float())

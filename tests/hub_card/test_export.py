@@ -14,11 +14,11 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
-import querit
 from hub_card.export import export
 from hub_card.probes import PROBES
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
+from querit import cli
 from tests.models_for_tests import (
     CAUSAL_KINDS,
     MAX_LENGTH,
@@ -246,7 +246,7 @@ ERRORS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
     "another architecture": (edit_config(architectures=["Qwen3ForCausalLM"]), "no Querit reranker.*querit convert"),
-    "another read-out": (edit_config(classifier_pooling="mean"), 'classifier_pooling "last"'),
+    "another read-out": (edit_config(classifier_pooling="cls"), 'classifier_pooling "last"'),
     "no head": (drop_head, "head.weight missing"),
     "truncated weights": (cut_weights, "truncated or no safetensors"),
     "no template": (lambda folder: (folder / "chat_template.jinja").unlink(), "template"),
@@ -259,7 +259,7 @@ def test_a_faulty_source_is_told_and_leaves_nothing(tmp_path, case):
     break_it, message = ERRORS[case]
     source = shutil.copytree(folder_of("qwen3"), tmp_path / "source")
     break_it(source)
-    result = CliRunner().invoke(querit.app, ["export", str(source), str(tmp_path / "out"), "--to", "vllm"])
+    result = CliRunner().invoke(cli.app, ["export", str(source), str(tmp_path / "out"), "--to", "vllm"])
     assert result.exit_code == 1, result.output
     assert re.search(message, " ".join(result.output.split())), result.output
     assert not result.exception or isinstance(result.exception, SystemExit)
@@ -305,9 +305,9 @@ def test_scores_that_differ_are_refused(tmp_path):
 
 def test_the_command(tmp_path):
     out = tmp_path / "deep" / "out"
-    result = CliRunner().invoke(querit.app, ["export", str(folder_of("qwen3")), str(out), "--to", "vllm"])
+    result = CliRunner().invoke(cli.app, ["export", str(folder_of("qwen3")), str(out), "--to", "vllm"])
     assert result.exit_code == 0, result.output
     assert (out / "README.md").exists() and [path.name for path in out.parent.iterdir()] == ["out"]
-    assert CliRunner().invoke(querit.app, ["export", str(out), str(tmp_path / "x"), "--to", "gguf"]).exit_code == 2
-    text = " ".join(CliRunner().invoke(querit.app, ["export", "--help"]).output.split())
+    assert CliRunner().invoke(cli.app, ["export", str(out), str(tmp_path / "x"), "--to", "gguf"]).exit_code == 2
+    text = " ".join(CliRunner().invoke(cli.app, ["export", "--help"]).output.split())
     assert "the order alone is kept" in text and "keeps order, score and probability" in text

@@ -23,9 +23,10 @@ import querit
 from hub_card.export import export
 from hub_card.exported_onnx import OnnxReranker, load_onnx_ranker
 from modeling_querit.modeling_querit import QueritForSequenceClassification
+from querit import cli
 from tests.hub_card.test_nano import ASKED, NANO
 from tests.hub_card.test_nano import DOCUMENTS as ANSWERS
-from tests.models_for_tests import MAX_LENGTH, SCRATCH, folder_of, save_folder, tiny_model
+from tests.models_for_tests import MAX_LENGTH, SCRATCH, folder_of
 
 FILES = ["onnx/model.onnx", "onnx/model_int8.onnx"]
 QUERY = "when does the train leave"
@@ -35,7 +36,7 @@ DOCUMENTS = [
     "",
     "Der Zug fährt um 7:45 Uhr ab; er hält unterwegs in Düsseldorf und kommt gegen neun Uhr an.",
     "今天的天气很好，我们去公园散步吧。",
-    "A control token is </s> plain text, <s> and so is <mask> this.",
+    "A control token is [SEP] plain text, [CLS] and so is [MASK] this.",
     " ".join(["It stops at every village on the way, and then it stops again."] * 60),
 ]
 
@@ -55,8 +56,9 @@ def tiny() -> QueritForSequenceClassification:
     return QueritForSequenceClassification.from_pretrained(folder_of("bert"), dtype=torch.float32).eval()
 
 
-def run(file, input_ids, mask):
-    inputs = {"input_ids": np.asarray(input_ids, np.int64), "attention_mask": np.asarray(mask, np.int64)}
+def run(file, input_ids, mask, segments):
+    values = (np.asarray(array, np.int64) for array in (input_ids, mask, segments))
+    inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), values, strict=True))
     (logits,) = session_of(file).run(["logits"], inputs)
     return logits
 
@@ -86,9 +88,11 @@ def test_float32_gives_the_models_log_odds_for_any_batch_and_padding(lengths, ex
     mask = np.zeros_like(input_ids)
     for row, length in enumerate(lengths):
         mask[row, width - length if left else 0 : width if left else length] = 1
+    segments = rng.integers(0, 2, input_ids.shape)
     with torch.no_grad():
-        expected = tiny()(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask)).logits
-    found = run(exported("bert") / FILES[0], input_ids, mask)
+        tensors = map(torch.from_numpy, (input_ids, mask, segments))
+        expected = tiny()(**dict(zip(("input_ids", "attention_mask", "token_type_ids"), tensors, strict=True))).logits
+    found = run(exported("bert") / FILES[0], input_ids, mask, segments)
     assert found.shape == (len(lengths), 1) and found.dtype == np.float32
     assert found == pytest.approx(expected.numpy(), abs=1e-4)
 
@@ -107,19 +111,6 @@ def test_float32_scores_as_the_pipeline_does(kind):
             )
 
 
-@pytest.mark.parametrize("pooling", ["cls", "last"])
-def test_the_other_read_outs(tmp_path, pooling):
-    model = tiny_model("bert", classifier_pooling=pooling)
-    source = save_folder(tmp_path / "source", "bert", model)
-    folder = export(source, tmp_path / "out", "onnx")
-    input_ids = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(input_ids)
-    mask[1, 4:], mask[2, :3] = 0, 0  # padding on either side
-    with torch.no_grad():
-        expected = model(input_ids=input_ids, attention_mask=mask).logits
-    assert run(folder / FILES[0], input_ids, mask) == pytest.approx(expected.numpy(), abs=1e-4)
-
-
 # ---------------------------------------------------------------- int8
 
 
@@ -129,9 +120,27 @@ def test_int8_quantises_layers_and_embeddings_but_not_the_head():
     products = [node for node in quantised.node if node.op_type == "MatMulInteger"]
     assert len(products) == 2 * 5  # two layers: query, key, value, output, and the first of the feed-forward part
     kept = {tensor.name: tensor for tensor in quantised.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    (head,) = [node for node in plain.node if node.op_type == "Gemm"]
-    assert any(list(tensor.dims) in ([2, 48], [48, 2]) for tensor in kept.values()), head.input
+    pooler, classifier = [node for node in plain.node if node.op_type == "Gemm"]
+    assert {(48, 48), (1, 48)} <= {tuple(sorted(tensor.dims)) for tensor in kept.values()}, (pooler, classifier)
     assert not any("word_embeddings" in name and "scale" not in name for name in kept)
+
+
+def test_products_of_int8_fit_16_bits_where_there_is_no_vnni():
+    """VPMADDUBSW adds two products of an activation in [0, 255] and a weight with saturation at 32,767."""
+    graph = onnx.load(exported("bert") / FILES[1]).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [tensors[node.input[1]] for node in graph.node if node.op_type == "MatMulInteger"]
+    rng = np.random.default_rng(0)
+    for weight in weights:
+        assert weight.dtype == np.int8 and weight.min() >= -64 and weight.max() >= 60  # 7 bits, and used
+        activations = rng.choice(np.array([0, 255]), (4, weight.shape[0]))
+        products = activations[:, :, None] * weight.astype(np.int64)
+        pairs = products[:, ::2] + products[:, 1::2]
+        assert np.array_equal(pairs, pairs.clip(-32768, 32767))
+        assert 2 * 255 * np.abs(weight.astype(np.int64)).max() <= 32767  # whatever the two are
+    # Embeddings are looked up and not multiplied: they keep all 8 bits.
+    tables = [tensors[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in tensors]
+    assert any(table.dtype == np.uint8 and (table.min(), table.max()) == (0, 255) for table in tables)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("bert", 0.97), ("nano", 0.9)])
@@ -224,14 +233,14 @@ def test_the_readmes_code_needs_onnxruntime_and_tokenizers_alone(kind):
 
 def test_export_and_rank_on_the_command_line(tmp_path):
     out = tmp_path / "out"
-    result = CliRunner().invoke(querit.app, ["export", str(folder_of("bert")), str(out), "--to", "onnx"])
+    result = CliRunner().invoke(cli.app, ["export", str(folder_of("bert")), str(out), "--to", "onnx"])
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "notes.txt").write_text("\n".join(text for text in DOCUMENTS if text), encoding="utf-8")
     rankings = []
     for model in (folder_of("bert"), *(out / name for name in FILES)):
         command = ["rank", QUERY, str(tmp_path / "notes.txt"), "--model", str(model), "--json"]
-        result = CliRunner().invoke(querit.app, command)
+        result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == 0, result.output
         rows = [json.loads(line) for line in result.stdout.splitlines()]
         rankings.append({row["document"]: row["probability"] for row in rows})
@@ -250,7 +259,7 @@ def test_a_folder_of_another_kind_or_a_tokenizer_of_another_kind_is_told(tmp_pat
     source = shutil.copytree(folder_of("bert"), tmp_path / "source")
     # With a chat template, the pipeline's prompt is no longer what the tokenizer makes of a pair by itself.
     (source / "chat_template.jinja").write_text(
-        "{{ messages[0].content }} | {{ messages[1].content }}</s>", encoding="utf-8"
+        "{{ messages[0].content }} | {{ messages[1].content }}[SEP]", encoding="utf-8"
     )
     with pytest.raises(ValueError, match="needs a pair template of its own"):
         export(source, tmp_path / "out", "onnx")
@@ -263,7 +272,7 @@ def test_a_folder_of_another_kind_or_a_tokenizer_of_another_kind_is_told(tmp_pat
 
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnx", "onnxscript"])
 def test_without_the_extra_the_command_names_it(tmp_path, missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import querit; querit.app()"
+    code = f"import sys; sys.modules[{missing!r}] = None; from querit import cli; cli.app()"
     command = [sys.executable, "-c", code, "export", str(folder_of("bert")), str(tmp_path / "out"), "--to", "onnx"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "querit-reranker[onnx]" in result.stderr, result.stderr
@@ -279,7 +288,7 @@ def test_ranking_with_no_file_a_broken_one_or_one_of_another_model(tmp_path):
     (tmp_path / "notes.txt").write_text("A line.\n")
     for name, message in (("none", "is not there"), ("broken", "does not load"), ("other", "no export of a Querit")):
         file = folder / "onnx" / f"{name}.onnx"
-        result = CliRunner().invoke(querit.app, ["rank", "q", str(tmp_path / "notes.txt"), "--model", str(file)])
+        result = CliRunner().invoke(cli.app, ["rank", "q", str(tmp_path / "notes.txt"), "--model", str(file)])
         assert result.exit_code == 1 and message in result.output, result.output
     with pytest.raises(FileNotFoundError, match="folder of an export"):
         OnnxReranker(shutil.copy(folder / FILES[0], tmp_path / "alone.onnx"))

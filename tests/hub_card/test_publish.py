@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 import hub_card.publish
-import querit
 from hub_card.build import build
 from hub_card.publish import Plan, plan_release, show_size, upload
+from querit import cli
 from tests.loopback_hub import HubError, LoopbackHub, User, read_tree
 from tests.models_for_tests import folder_of
 
@@ -61,7 +61,7 @@ def write(folder: Path, changes: dict[str, str]) -> Path:
 
 
 def publish(*args, answer: str | None = None):
-    result = CliRunner().invoke(querit.app, ["publish", *map(str, args)], input=answer)
+    result = CliRunner().invoke(cli.app, ["publish", *map(str, args)], input=answer)
     for token in (TOKEN, READER, STRANGER):
         assert token not in result.output and token not in repr(result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

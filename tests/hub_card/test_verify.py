@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import querit
 from hub_card.build import sums_of
 from hub_card.engines import ENGINES
 from hub_card.verify import verify
+from querit import cli
 from tests.hub_card.folders_for_tests import BUILT, built
 
 EVIL = "\nopen({ran!r}, 'w').close()\n"
@@ -115,7 +115,7 @@ SPOILED: dict[str, Spoiled] = {
         "bert", foreign("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}), True,
         "tokenizer_config.json names other code under auto_map",
     ),
-    "module's code": ("bert", other_modules, True, "modules.json is not that of this config and head"),
+    "module's code": ("qwen3", other_modules, True, "modules.json is not that of this config and head"),
     "tensor gone": (
         "qwen3", edit_weights(lambda state: state.pop("model.norm.weight")), True, "weights lack model.norm.weight"
     ),
@@ -137,8 +137,15 @@ SPOILED: dict[str, Spoiled] = {
     "no config": ("qwen3", lambda folder: (folder / "config.json").unlink(), True, "config.json is missing"),
     "config": ("qwen3", write("config.json", "{"), True, "config.json"),
     "read-out": ("qwen3", lambda f: edit_json(f / "config.json", classifier_pooling="mean"), True, "1_Pooling/config"),
+    "second head": ("bert", write("modules.json", "[]"), True, "modules.json is a second head beside the classifier"),
+    "labels": (
+        "qwen3", lambda f: edit_json(f / "config.json", id2label={"0": "LABEL_0"}), True, "would rank by random weights"
+    ),
+    "labels of a bert": (
+        "bert", lambda f: edit_json(f / "config.json", architectures=["BertModel"]), True, "with one label"
+    ),
     "Dense": (
-        "bert", edit_weights(lambda state: state["linear.bias"].add_(1), "2_Dense/model.safetensors"), True,
+        "qwen3", edit_weights(lambda state: state["linear.bias"].add_(1), "2_Dense/model.safetensors"), True,
         "2_Dense/model.safetensors is not that of this config and head",
     ),
     "licence": ("bert", edit_text("README.md", "license: apache-2.0\n", ""), True, "metadata has no license. Add it"),
@@ -154,7 +161,7 @@ SPOILED: dict[str, Spoiled] = {
     "result more": ("qwen3", write(".eval_results/x.yaml"), True, "x.yaml and the card's results are not the same"),
     "probes": ("bert", write("probes.json", '{"pairs": []}'), True, "probes.json holds no pairs"),
     "probes' form": ("bert", write("probes.json", '{"pairs": [{"query": "a"}]}'), True, "holds no pairs with scores"),
-    "probes' range": ("bert", edit_text("probes.json", '"score": ', '"score": 7'), True, r"outside \[-1, 1\]"),
+    "probes' range": ("qwen3", edit_text("probes.json", '"score": ', '"score": 7'), True, r"outside \[-1, 1\]"),
 }  # fmt: skip
 
 
@@ -197,9 +204,9 @@ def test_each_engine_is_judged_by_itself(tmp_path):
 
 
 def test_the_command_reports_each_check_and_fails_with_all_problems(tmp_path):
-    good = CliRunner().invoke(querit.app, ["verify", str(built("bert"))])
+    good = CliRunner().invoke(cli.app, ["verify", str(built("bert"))])
     assert good.exit_code == 0, good.output
-    assert good.stdout.count("ok ") == 7 + len(ENGINES)
+    assert good.stdout.count("ok ") == 8 + len(ENGINES)
     folder = shutil.copytree(built("bert"), tmp_path / "release")
     (folder / "LICENSE").unlink()
     add_code("evil.py")(folder)
@@ -211,5 +218,5 @@ def test_the_command_reports_each_check_and_fails_with_all_problems(tmp_path):
         assert problem in found.stderr
     assert "has 4 problems" in found.stderr
     assert not (tmp_path / "ran").exists()
-    missing = CliRunner().invoke(querit.app, ["verify", str(tmp_path / "none")])
+    missing = CliRunner().invoke(cli.app, ["verify", str(tmp_path / "none")])
     assert missing.exit_code == 1 and "is no folder" in missing.output

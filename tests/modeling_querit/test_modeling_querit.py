@@ -15,15 +15,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
     BertModel,
     DeepseekV3Model,
     DynamicCache,
     MPNetConfig,
+    PreTrainedModel,
     Qwen3Model,
     RobertaConfig,
 )
 
-from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification, padding_mask
+from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
+from modeling_querit.prompting_querit import PromptEncoder
+from modeling_querit.scoring_querit import score_pairs
+from recipes.lib.backbones import from_backbone
 from tests.models_for_tests import (
     CAUSAL_KINDS,
     KINDS,
@@ -56,16 +61,21 @@ def padded(tensors: list[torch.Tensor], side: str, width: int = 0) -> tuple[torc
     return torch.nn.functional.pad(ids, size, value=3), torch.nn.functional.pad(mask, size)
 
 
-def by_hand(kind: str, row: torch.Tensor, pooling: str, folder: Path | None = None) -> tuple[float, float, float]:
-    """z0, z1 and p1 - p0 of one row: the folder's plain backbone, then the head and the softmax spelled out."""
+def by_hand(kind: str, row: torch.Tensor, pooling: str = "last", folder: Path | None = None) -> tuple[float, float]:
+    """Logit and score of one row: the folder's plain backbone, then the head and the softmax spelled out."""
     folder = folder or folder_of(kind)
     with torch.no_grad():
         hidden = BACKBONES[kind].from_pretrained(folder).eval()(row[None]).last_hidden_state[0].double()
-    read = {"last": hidden[-1], "cls": hidden[0], "mean": hidden.mean(0)}[pooling]
-    weights = load_file(folder / "model.safetensors")
-    z = weights["head.weight"].double() @ read + weights["head.bias"].double()
+    weights = {key: value.double() for key, value in load_file(folder / "model.safetensors").items()}
+    if kind == "bert":
+        pooled = torch.tanh(weights["bert.pooler.dense.weight"] @ hidden[0] + weights["bert.pooler.dense.bias"])
+        logit = (weights["classifier.weight"] @ pooled + weights["classifier.bias"]).item()
+        probability = 1 / (1 + math.exp(-logit))
+        return logit, probability - (1 - probability)
+    read = {"last": hidden[-1], "cls": hidden[0]}[pooling]
+    z = weights["head.weight"] @ read + weights["head.bias"]
     p = torch.softmax(z, 0)
-    return z[0].item(), z[1].item(), (p[1] - p[0]).item()
+    return (z[1] - z[0]).item(), (p[1] - p[0]).item()
 
 
 def read_out(model: QueritForSequenceClassification, pooling: str) -> QueritForSequenceClassification:
@@ -76,28 +86,30 @@ def read_out(model: QueritForSequenceClassification, pooling: str) -> QueritForS
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_scores_are_those_of_the_plain_backbone_and_a_head_by_hand(kind):
     model, tensors = QueritForSequenceClassification.from_pretrained(folder_of(kind)), rows(kind)
-    pooling = "mean" if kind == "bert" else "last"
-    assert model.pooling == model.config.classifier_pooling == pooling
     assert model.is_causal == (kind != "bert")
+    assert model.pooling == ("cls" if kind == "bert" else "last")
+    assert getattr(model.config, "classifier_pooling", None) == (None if kind == "bert" else "last")
     ids, mask = padded(tensors, "right")
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask)
     assert output.logits.shape == output.score.shape == (len(tensors), 1)
     assert output.loss is None
     for row, logit, score in zip(tensors, output.logits, output.score, strict=True):
-        z0, z1, expected = by_hand(kind, row, pooling)
-        assert logit.item() == pytest.approx(z1 - z0, abs=1e-5)
-        assert score.item() == pytest.approx(expected, abs=1e-5)
+        expected, expected_score = by_hand(kind, row)
+        assert logit.item() == pytest.approx(expected, abs=1e-5)
+        assert score.item() == pytest.approx(expected_score, abs=1e-5)
     assert output.logits.std() > 0.05  # else this file would compare one constant with another
     assert torch.equal(output["score"], output.score)  # as mteb's wrapper reads it
 
 
+READ_OUTS = [(kind, pooling) for kind in CAUSAL_KINDS for pooling in ("last", "cls")] + [("bert", "cls")]
+
+
 @pytest.mark.parametrize("side", ["left", "right", "none"])
-@pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "pooling"), READ_OUTS)
 def test_every_read_out_with_every_padding(kind, pooling, side):
     model, tensors = read_out(tiny_model(kind), pooling), rows(kind)
-    expected = [z1 - z0 for z0, z1, _ in (by_hand(kind, row, pooling) for row in tensors)]
+    expected = [by_hand(kind, row, pooling)[0] for row in tensors]
     with torch.no_grad():
         if side == "none":
             logits = torch.cat([model(input_ids=row[None]).logits for row in tensors])
@@ -109,14 +121,14 @@ def test_every_read_out_with_every_padding(kind, pooling, side):
 
 
 def test_the_read_out_stands_in_the_config(tmp_path):
-    folder = save_folder(tmp_path, "bert", tiny_model("bert", classifier_pooling="cls"))
+    folder = save_folder(tmp_path, "qwen3", tiny_model("qwen3", classifier_pooling="cls"))
     model = QueritForSequenceClassification.from_pretrained(folder)
-    row = rows("bert")[0]
-    z0, z1, _ = by_hand("bert", row, "cls", folder)
+    row = rows("qwen3")[0]
     with torch.no_grad():
-        assert model(input_ids=row[None]).logits.item() == pytest.approx(z1 - z0, abs=1e-5)
-    with pytest.raises(ValueError, match="'first'; it must be one of last, cls, mean"):
-        tiny_model("bert", classifier_pooling="first")
+        found = model(input_ids=row[None]).logits.item()
+    assert found == pytest.approx(by_hand("qwen3", row, "cls", folder)[0], abs=1e-5)
+    with pytest.raises(ValueError, match="'first'; it must be one of last, cls"):
+        tiny_model("qwen3", classifier_pooling="first")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,20 +146,22 @@ def test_logits_and_scores_are_float32_whatever_the_weights(kind, dtype):
         assert output.logits.item() == pytest.approx(exact.logits.item(), abs=0.1)
     # The head itself must not round: near-equal scores would tie.
     hidden = torch.randn(7, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weight, bias = model.head.weight.double(), model.head.bias.double()
-    torch.testing.assert_close(model.head(hidden).double(), hidden.double() @ weight.T + bias, rtol=0, atol=1e-5)
+    head = model.relevance_head
+    expected = hidden.double() @ head.weight.double().T + head.bias.double()
+    torch.testing.assert_close(head(hidden).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [[1.0, 0.0, 0.3], [[1], [0], [1]]])
-def test_loss_is_the_cross_entropy_of_the_two_classes(labels):
-    model, tensors, labels = tiny_model("bert"), rows("bert"), torch.tensor(labels)
+@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+def test_loss_is_the_cross_entropy_of_the_two_classes(labels, kind):
+    model, tensors, labels = tiny_model(kind), rows(kind), torch.tensor(labels)
     ids, mask = padded(tensors, "right")
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
     nats = []
     for row, label in zip(tensors, labels.flatten().tolist(), strict=True):
-        z0, z1, _ = by_hand("bert", row, "mean")
-        total = math.log(math.exp(z0) + math.exp(z1))
-        nats.append(label * (total - z1) + (1 - label) * (total - z0))
+        logit, _ = by_hand(kind, row)
+        total = math.log(1 + math.exp(logit))
+        nats.append(label * (total - logit) + (1 - label) * total)
     assert output.loss.item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
     as_tuple = model(input_ids=ids, attention_mask=mask, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], output.loss)
@@ -159,36 +173,15 @@ def test_the_mask_of_mtebs_wrapper(kind):
     from mteb.models.model_implementations.querit_models import QueritWrapper
 
     model, tensors = tiny_model(kind), rows(kind)
-    ids, mask = padded(tensors, "left", width=4)
+    ids, _ = padded(tensors, "left", width=4)
     blocks = [[0] * (ids.shape[1] - len(row)) + [1] * (len(row) - 1) + [2] for row in tensors]
     wide = torch.stack([QueritWrapper.compute_mask_content_cls(block) for block in blocks])
     assert wide.shape == (len(tensors), 1, ids.shape[1], ids.shape[1])
     assert wide.dtype == torch.bool
-    assert torch.equal(padding_mask(wide, causal=True), mask)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=wide).logits
-    expected = [z1 - z0 for z0, z1, _ in (by_hand(kind, row, "last") for row in tensors)]
+    expected = [by_hand(kind, row)[0] for row in tensors]
     assert logits.squeeze(-1).tolist() == pytest.approx(expected, abs=1e-5)
-
-    full = wide | wide.mT  # the last token of content would see what follows it
-    with pytest.raises(ValueError, match="may only leave padding out"):
-        model(input_ids=ids, attention_mask=full)
-    window = wide.clone()
-    window[2, 0, -1, -5] = False
-    with pytest.raises(ValueError, match="may only leave padding out"):
-        model(input_ids=ids, attention_mask=window)
-    with pytest.raises(TypeError, match="must be bool"):
-        model(input_ids=ids, attention_mask=torch.zeros(wide.shape).masked_fill(~wide, -torch.inf))
-
-
-def test_a_bidirectional_backbone_takes_a_full_4_d_mask_only():
-    model, tensors = tiny_model("bert"), rows("bert")
-    ids, mask = padded(tensors, "right")
-    full = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
-    with torch.no_grad():
-        assert torch.equal(model(ids, full).logits, model(ids, mask).logits)
-    with pytest.raises(ValueError, match="may only leave padding out"):
-        model(ids, full.tril())
 
 
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
@@ -211,12 +204,15 @@ def test_position_ids_and_embeddings_pass_through(kind):
     with torch.no_grad():
         plain = model(input_ids=row[None]).logits
         moved = model(input_ids=row[None], position_ids=far).logits
-        backbone = model.model(input_ids=row[None], position_ids=far).last_hidden_state
+        backbone = model.model(input_ids=row[None], position_ids=far)
         embedded = model(inputs_embeds=model.get_input_embeddings()(row)[None]).logits
         extra = model(input_ids=row[None], output_hidden_states=True)
     assert not torch.allclose(moved, plain, atol=1e-4)
-    read = backbone.mean(1) if kind == "bert" else backbone[:, -1]
-    torch.testing.assert_close(moved, model.head(read).diff(dim=-1), rtol=0, atol=1e-5)
+    if kind == "bert":
+        expected = model.classifier(backbone.pooler_output)
+    else:
+        expected = model.head(backbone.last_hidden_state[:, -1]).diff(dim=-1)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(embedded, plain, rtol=0, atol=1e-5)
     assert len(extra.hidden_states) == 3
 
@@ -234,9 +230,51 @@ def test_backbones_that_number_their_positions_themselves_do_so_under_a_mask(con
     with torch.no_grad():
         hidden = AutoModel.from_config(config)  # any backbone of the class: its own numbering
         hidden.load_state_dict(model.model.state_dict(), strict=False)
-        expected = model.head(hidden.eval()(ids).last_hidden_state.mean(1)).diff(dim=-1)
+        expected = model.head(hidden.eval()(ids).last_hidden_state[:, 0]).diff(dim=-1)
         for given, mask in ((ids, None), (ids, torch.ones_like(ids)), (padded, (padded != 1).long())):
             torch.testing.assert_close(model(given, mask).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bert_folder_is_a_plain_one_to_every_engine(dtype, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    folder = save_folder(tmp_path, "bert", tiny_model("bert", dtype))
+    tokenizer, texts = tokenizer_of("bert"), ["A bicycle needs oil.", "", "图书馆每天早上九点开门"]
+    pairs = PromptEncoder(tokenizer, 512).encode("When does rain fall?", texts)
+    encoded = tokenizer(["When does rain fall?"] * 3, texts, padding=True, return_tensors="pt")
+    assert [pair.token_type_ids for pair in pairs] == [
+        row[real.bool()].tolist()
+        for row, real in zip(encoded["token_type_ids"], encoded["attention_mask"], strict=True)
+    ]
+    plain, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert type(plain) is BertForSequenceClassification and plain.config.num_labels == 1
+    assert not any(info.values())
+    engine = CrossEncoder(str(folder), device="cpu", local_files_only=True, activation_fn=torch.nn.Identity())
+    assert type(engine.model).__module__.startswith("transformers.models.")
+    with torch.no_grad():
+        expected = plain.float()(**encoded).logits.squeeze(-1)
+        ours = score_pairs(QueritForSequenceClassification.from_pretrained(folder, dtype=torch.float32), pairs)
+        untyped = plain(**{**encoded, "token_type_ids": torch.zeros_like(encoded["token_type_ids"])}).logits
+    assert (untyped.squeeze(-1) - expected).abs().max() > 1e-3  # the segments matter
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    found = engine.predict([("When does rain fall?", text) for text in texts], convert_to_tensor=True).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_a_plain_bert_cross_encoder_is_taken_as_it_is(tmp_path):
+    """Saved by transformers alone, loaded by Querit's class, trained on from it with its classifier kept."""
+    plain = BertForSequenceClassification(tiny_config("bert", num_labels=1)).eval()
+    plain.save_pretrained(tmp_path)
+    row = rows("bert")[0][None]
+    with torch.no_grad():
+        expected = plain(row).logits
+        for load in (QueritForSequenceClassification.from_pretrained, from_backbone):
+            torch.testing.assert_close(load(tmp_path).eval()(row).logits, expected, rtol=0, atol=1e-6)
+    BertForSequenceClassification(tiny_config("bert", num_labels=3)).save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match=r"classifier\.bias, classifier\.weight missing or of another shape"):
+        QueritForSequenceClassification.from_pretrained(tmp_path / "three")
+    assert from_backbone(tmp_path / "three").classifier.out_features == 1
 
 
 def broken_folder(kind: str, folder: Path, change) -> Path:
@@ -265,11 +303,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(kind, load, tmp_path)
 
         return change
 
+    head = "classifier" if kind == "bert" else "head"
     changes = {
-        "head.weight": without("head.weight"),
-        "head.bias, head.weight": without("head."),
-        "head.bias": lambda weights: weights.update({"head.bias": torch.zeros(1)}),
-        "head.weight missing or of another shape": lambda weights: weights.update({"head.weight": torch.zeros(2, 47)}),
+        f"{head}.weight": without(f"{head}.weight"),
+        f"{head}.bias, {head}.weight": without(f"{head}."),
+        f"{head}.bias": lambda weights: weights.update({f"{head}.bias": torch.zeros(3)}),
+        f"{head}.weight missing or of another shape": lambda weights: weights.update(
+            {f"{head}.weight": torch.zeros(len(weights[f"{head}.weight"]), 47)}
+        ),
         backbone_key: without(backbone_key.replace("experts.down_proj", "experts.")),
     }
     for number, (named, change) in enumerate(changes.items()):
@@ -277,13 +318,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name(kind, load, tmp_path)
         with pytest.raises(ValueError, match="is no Querit reranker") as error:
             load(folder)
         assert named in str(error.value)
-        assert "from_backbone" in str(error.value)
-
-
-def test_many_missing_keys_are_counted(tmp_path):
-    folder = broken_folder("qwen3", tmp_path / "none", lambda weights: [weights.pop(key) for key in [*weights][2:]])
-    with pytest.raises(ValueError, match=r"and \d+ more missing"):
-        QueritForSequenceClassification.from_pretrained(folder)
+        assert "recipes.train" in str(error.value)
 
 
 def test_one_missing_expert_is_refused(tmp_path):
@@ -308,29 +343,6 @@ def test_a_backbone_alone_is_refused_and_a_language_model_head_is_no_matter(tmp_
     row = rows("qwen3")[0][None]
     with torch.no_grad():
         assert torch.equal(model(row).logits, tiny_model("qwen3")(row).logits)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_backbone_keeps_every_weight_and_adds_a_head(kind, tmp_path):
-    plain = BACKBONES[kind](tiny_config(kind))
-    plain.save_pretrained(tmp_path)
-    model = QueritForSequenceClassification.from_backbone(tmp_path, dtype=torch.bfloat16)
-    assert model.dtype == model.head.weight.dtype == torch.bfloat16
-    assert model.head.weight.abs().sum() > 0
-    expected = plain.state_dict()
-    for name, tensor in model.model.state_dict().items():
-        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
-    buffers = dict(plain.named_buffers())
-    for name, tensor in model.model.named_buffers():  # RoPE's frequencies, not rounded
-        assert torch.equal(tensor, buffers[name]), name
-    assert not any("pooler" in name for name, _ in model.named_parameters())
-    assert QueritForSequenceClassification.from_backbone(tmp_path, pooling="cls").pooling == "cls"
-
-    weights = load_file(tmp_path / "model.safetensors")
-    key = next(key for key in weights if "down_proj" in key or "output.dense" in key)
-    save_file({name: w for name, w in weights.items() if name != key}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"is no whole {BACKBONES[kind].__name__}: .*(down_proj|output.dense)"):
-        QueritForSequenceClassification.from_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -412,7 +424,7 @@ def test_saved_and_loaded_again_every_tensor_is_equal(kind, dtype, shard, load, 
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     row = rows(kind)[0][None]
     with torch.no_grad():
-        assert torch.equal(loaded(row).logits, model(row).logits)
+        torch.testing.assert_close(loaded(row).logits, model(row).logits, rtol=0, atol=1e-6)
 
 
 def test_experts_are_split_on_disk_and_fused_in_memory():
@@ -447,7 +459,8 @@ def test_experts_implementations_agree_and_are_for_experts_only():
 def test_the_config_is_the_backbones_own_with_what_a_hub_folder_needs(kind):
     config = json.loads((folder_of(kind) / "config.json").read_text())
     assert config["model_type"] == kind
-    assert config["architectures"] == ["QueritForSequenceClassification"]
+    plain = "BertForSequenceClassification" if kind == "bert" else "QueritForSequenceClassification"
+    assert config["architectures"] == [plain]
     name = "modeling_querit.QueritForSequenceClassification"
     assert config["auto_map"] == {"AutoModel": name, "AutoModelForSequenceClassification": name}
     assert config["custom_pipelines"] == {
@@ -457,18 +470,16 @@ def test_the_config_is_the_backbones_own_with_what_a_hub_folder_needs(kind):
             "type": "text",
         }
     }
-    assert config["classifier_pooling"] == ("mean" if kind == "bert" else "last")
+    assert config.get("classifier_pooling") == (None if kind == "bert" else "last")
     assert AutoConfig.from_pretrained(folder_of(kind)).num_labels == 1
     source = Path(sys.modules[QueritForSequenceClassification.__module__].__file__).parent
     for file in REMOTE_CODE:
         assert (folder_of(kind) / file).read_bytes() == (source / file).read_bytes()
-    prefix = "bert." if kind == "bert" else "model."
-    assert all(key.startswith((prefix, "head.")) for key in load_file(folder_of(kind) / "model.safetensors"))
-
-
-def test_every_file_of_the_code_is_published_and_imports_no_other():
-    source = Path(sys.modules[QueritForSequenceClassification.__module__].__file__).parent
-    assert sorted(REMOTE_CODE) == sorted(path.name for path in source.glob("*_querit.py"))
+    keys = load_file(folder_of(kind) / "model.safetensors").keys()
+    if kind == "bert":
+        assert keys == BertForSequenceClassification(tiny_config("bert", num_labels=1)).state_dict().keys()
+    else:
+        assert all(key.startswith(("model.", "head.")) for key in keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -487,8 +498,10 @@ def test_an_unknown_backbone_is_named():
     class OwnConfig(PreTrainedConfig):
         model_type = "own"
 
-    with pytest.raises(ValueError, match="no backbone of model_type 'own'"):
+    with pytest.raises(ValueError, match="OwnConfig"):
         QueritForSequenceClassification(OwnConfig())
+    # And transformers' own models are as before: a class that it asks for its experts keeps the answer.
+    assert "_can_set_experts_implementation_cached_value" not in vars(PreTrainedModel)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -511,7 +524,10 @@ def test_trls_reward_trainer_takes_a_step(kind, tmp_path):
     assert math.isfinite(result.training_loss)
     assert result.training_loss > 0
     moved = {name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])}
-    assert {"head.weight", f"{model.base_model_prefix}.{next(iter(model.model.state_dict()))}"} <= moved
+    assert {
+        "classifier.weight" if kind == "bert" else "head.weight",
+        f"{model.base_model_prefix}.{next(iter(model.model.state_dict()))}",
+    } <= moved
     trainer.save_model(str(tmp_path / "saved"))
     assert QueritForSequenceClassification.from_pretrained(tmp_path / "saved").dtype == torch.float32
 
@@ -528,3 +544,30 @@ print(sorted(wanted & set(sys.modules)))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_backbone_keeps_every_weight_and_adds_a_head(kind, tmp_path):
+    plain = BACKBONES[kind](tiny_config(kind))
+    plain.save_pretrained(tmp_path)
+    model = from_backbone(tmp_path, dtype=torch.bfloat16)
+    assert model.dtype == model.relevance_head.weight.dtype == torch.bfloat16
+    assert model.relevance_head.weight.abs().sum() > 0
+    expected = plain.state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    buffers = dict(plain.named_buffers())
+    for name, tensor in model.model.named_buffers():  # RoPE's frequencies, not rounded
+        assert torch.equal(tensor, buffers[name]), name
+    if kind != "bert":
+        assert from_backbone(tmp_path, pooling="cls").pooling == "cls"
+
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in weights if "down_proj" in key or "output.dense" in key)
+    weights = {name: w for name, w in weights.items() if "pooler" not in name}  # a new one will do
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    fresh = from_backbone(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in fresh.parameters())
+    save_file({name: w for name, w in weights.items() if name != key}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"is no whole {BACKBONES[kind].__name__}: .*(down_proj|output.dense)"):
+        from_backbone(tmp_path)

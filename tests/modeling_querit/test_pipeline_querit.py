@@ -1,17 +1,22 @@
 """The pipeline: forms of a call and options against scores by hand, wrong input named, folders that load anywhere."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 
+import numpy
+import pandas
 import pytest
 import torch
-from transformers import pipeline
+from datasets import Dataset
+from transformers import dynamic_module_utils, pipeline
 
 from modeling_querit import pipeline_querit
 from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
@@ -19,6 +24,7 @@ from modeling_querit.pipeline_querit import TextRankingPipeline
 from tests.models_for_tests import CAUSAL_KINDS, KINDS, MAX_LENGTH, folder_of, save_folder, tiny_model, tokenizer_of
 from tests.tokenizers_for_tests import CORPUS
 
+ROOT = Path(__file__).parents[2]
 QUERY = "Where does the river rise?"
 DOCUMENTS = [CORPUS[8], CORPUS[12], "oil", CORPUS[14], {"title": "Der Zug", "text": CORPUS[11], "id": 7}]
 PLAIN = "Judge whether the Content meets the requirements based on the Query. Query: {query}; Content: {document}"
@@ -40,13 +46,15 @@ def text_of(document) -> str:
 def score_by_hand(kind: str, query: str, document: str, instruction: str | None = None) -> float:
     """The published prompt in one string, tokenised at once, one unpadded row, softmax."""
     tokenizer = tokenizer_of(kind)
+    options = {}
     if kind == "bert":
-        ids = tokenizer(f"{instruction} {query}" if instruction else query, document)["input_ids"]
+        encoded = tokenizer(f"{instruction} {query}" if instruction else query, document)
+        ids, options["token_type_ids"] = encoded["input_ids"], torch.tensor([encoded["token_type_ids"]])
     else:
         words = (INSTRUCTED if instruction else PLAIN).format(query=query, document=document, instruction=instruction)
         ids = [*tokenizer(words)["input_ids"], tokenizer.convert_tokens_to_ids("[CLS]")]
     with torch.no_grad():
-        logit = ranker_of(kind).model(torch.tensor([ids])).logits.item()
+        logit = ranker_of(kind).model(torch.tensor([ids]), **options).logits.item()
     p = torch.softmax(torch.tensor([0.0, logit], dtype=torch.float64), 0)
     return (p[1] - p[0]).item()
 
@@ -225,7 +233,7 @@ def test_max_passage_takes_the_best_window_and_tells_which(kind):
     assert "passage" not in results[1]
     assert results[1]["score"] == pytest.approx(score_by_hand(kind, QUERY, short), abs=1e-5)
 
-    windows = [pair.span for pair in ranker._encoder(128).encode_passages(QUERY, text)]
+    windows = [pair.span for pair in ranker.encoder(128).encode_passages(QUERY, text)]
     assert len(windows) > 4
     assert windows[0][0] == 0
     assert windows[-1][1] == len(text)
@@ -239,7 +247,7 @@ def test_max_passage_takes_the_best_window_and_tells_which(kind):
 
 def test_a_needle_at_the_end_of_a_long_document_is_found(monkeypatch):
     """With a head that looks for one token: the best passage is the one that holds it, and counts for the document."""
-    model, tokenizer = tiny_model("bert", classifier_pooling="mean"), tokenizer_of("bert")
+    model, tokenizer = tiny_model("bert"), tokenizer_of("bert")
     [needle] = tokenizer("oil", add_special_tokens=False)["input_ids"][-1:]
 
     def forward(input_ids, attention_mask, **_):
@@ -285,7 +293,16 @@ def test_first_stage_scores_are_fused_by_rank():
     both = ranker(requests, first_stage_scores=[first_stage, [1, 2]])
     assert both[0] == results
     assert len(both[1]) == 2
-    for wrong in ([1, 2], [*first_stage[:4], math.nan], [*first_stage[:4], None], 3, "abcde", [first_stage]):
+    for wrong in (
+        [1, 2],
+        [*first_stage[:4], math.nan],
+        [*first_stage[:4], None],
+        3,
+        "abcde",
+        [first_stage],
+        dict(enumerate(first_stage)),
+        set(first_stage),
+    ):
         with pytest.raises(ValueError, match="one finite number for each document"):
             ranker(QUERY, DOCUMENTS, first_stage_scores=wrong)
     with pytest.raises(ValueError, match="one finite number for each document"):
@@ -316,7 +333,7 @@ def test_fusion_breaks_ties_by_the_models_order():
         ((), {}, TypeError, "Expected .query, documents."),
         ((None,), {}, TypeError, "not NoneType"),
         ((7,), {}, TypeError, "not int"),
-        ((QUERY,), {}, TypeError, "documents are missing: call ranker"),
+        ((QUERY,), {}, TypeError, "documents must be a list of strings or dicts, not NoneType"),
         ((QUERY, "a document"), {}, TypeError, "documents must be a list of strings or dicts, not str"),
         ((QUERY, {"text": "a"}), {}, TypeError, "documents must be a list of strings or dicts, not dict"),
         ((QUERY, 7), {}, TypeError, "documents must be a list"),
@@ -331,6 +348,14 @@ def test_fusion_breaks_ties_by_the_models_order():
         (({"query": QUERY, "documents": [], "texts": []},), {}, ValueError, "either"),
         (({"query": None, "documents": []},), {}, TypeError, "must be a string, not NoneType"),
         (({"query": QUERY, "documents": None},), {}, TypeError, "must be a list .* not NoneType"),
+        (({"query": QUERY, "documents": ["a"], "top_k": 1},), {}, ValueError, "Options, like top_k, are given to the"),
+        (([{"query": QUERY, "texts": ["a"], "first_stage_scores": [1]}],), {}, ValueError, "Options, like top_k"),
+        ((QUERY, numpy.array(["a", "b"])), {}, TypeError, r"not ndarray: give list\(documents\)"),
+        ((QUERY, pandas.Series(["a", "b"])), {}, TypeError, r"not Series: give list\(documents\)"),
+        ((QUERY, Dataset.from_dict({"text": ["a"]})), {}, TypeError, r"not Dataset: give list\(documents\)"),
+        ((QUERY, {"a", "b"}), {}, TypeError, r"not set: give list\(documents\)"),
+        ((QUERY, DOCUMENTS), {"batch_size": 8}, TypeError, "no option batch_size.* batch_tokens"),
+        ((QUERY, DOCUMENTS), {"devices": ["cpu"]}, TypeError, "no option devices.*querit.load"),
         (([{"query": QUERY, "texts": []}, {"query": QUERY}],), {}, ValueError, 'Request 1 must have "query"'),
         (([{"query": QUERY, "texts": []}, QUERY],), {}, TypeError, "Request 1 must be a dict .* not str"),
         (([{"query": " ", "texts": ["a"]}],), {}, ValueError, "empty"),
@@ -341,15 +366,15 @@ def test_fusion_breaks_ties_by_the_models_order():
         ((QUERY, DOCUMENTS), {"top_k": 2.0}, ValueError, "top_k must be"),
         ((QUERY, DOCUMENTS), {"max_length": "9"}, ValueError, "max_length must be"),
         ((QUERY, DOCUMENTS), {"batch_tokens": 0}, ValueError, "batch_tokens must be"),
-        ((QUERY, DOCUMENTS), {"threshold": 1.01}, ValueError, "threshold is a score, in"),
-        ((QUERY, DOCUMENTS), {"threshold": -2}, ValueError, "threshold is a score, in"),
-        ((QUERY, DOCUMENTS), {"threshold": math.nan}, ValueError, "threshold is a score, in"),
-        ((QUERY, DOCUMENTS), {"threshold": "0"}, ValueError, "threshold is a score, in"),
-        ((QUERY, DOCUMENTS), {"threshold": True}, ValueError, "threshold is a score, in"),
+        ((QUERY, DOCUMENTS), {"threshold": 1.01}, ValueError, "threshold must be a score, in"),
+        ((QUERY, DOCUMENTS), {"threshold": -2}, ValueError, "threshold must be a score, in"),
+        ((QUERY, DOCUMENTS), {"threshold": math.nan}, ValueError, "threshold must be a score, in"),
+        ((QUERY, DOCUMENTS), {"threshold": "0"}, ValueError, "threshold must be a score, in"),
+        ((QUERY, DOCUMENTS), {"threshold": True}, ValueError, "threshold must be a score, in"),
         ((QUERY, DOCUMENTS), {"long_documents": "split"}, ValueError, "one of truncate, max_passage, not 'split'"),
         ((QUERY, DOCUMENTS), {"instruction": " "}, ValueError, "instruction must be a non-empty string"),
         ((QUERY, DOCUMENTS), {"instruction": 7}, ValueError, "instruction must be a non-empty string"),
-        ((QUERY, DOCUMENTS), {"instruction": "word " * 999}, ValueError, "instruction leaves no room"),
+        ((QUERY, DOCUMENTS), {"instruction": "word " * 999}, ValueError, "too small for the instruction"),
         ((QUERY, DOCUMENTS), {"shared_prefix": "yes"}, ValueError, "shared_prefix must be True or False"),
         ((QUERY, DOCUMENTS), {"return_documents": 0}, ValueError, "return_documents must be True or False"),
     ],
@@ -446,8 +471,10 @@ def test_the_dtype_on_a_cpu(fastest, tmp_path, monkeypatch):
     assert buffers == {torch.float32}  # RoPE's and the router's: rounding them would change the scores
     assert load(dtype=torch.bfloat16).model.dtype == torch.bfloat16  # asked for
     assert load(dtype=torch.float32).model.dtype == torch.float32
-    half = TextRankingPipeline(model=tiny_model("qwen3", torch.float16), tokenizer=tokenizer_of("qwen3"))
+    given = tiny_model("qwen3", torch.float16)
+    half = TextRankingPipeline(model=given, tokenizer=tokenizer_of("qwen3"))
     assert half.model.dtype == torch.float32  # no rounding on the way
+    assert given.dtype == torch.float16  # the caller's own is left as it was
 
 
 # ---------------------------------------------------------------- folders
@@ -456,7 +483,7 @@ CHILD = """
 import json, sys
 for name in ("modeling_querit", "trl", "sentence_transformers", "datasets", "accelerate", "peft", "gradio"):
     sys.modules[name] = None  # as if it were not installed
-from transformers import pipeline
+from transformers import dynamic_module_utils, pipeline
 work = json.loads(sys.argv[1])
 scores = {}
 for folder, again in work["folders"].items():
@@ -467,6 +494,65 @@ for folder, again in work["folders"].items():
         ranker.save_pretrained(again)
 print(json.dumps(scores))
 """
+
+
+PICKLED = """
+import pickle, sys
+for name in ("modeling_querit", "sentence_transformers", "datasets"):
+    sys.modules[name] = None  # as if it were not installed
+ranker = pickle.loads(open(sys.argv[1], "rb").read())
+print([result["score"] for result in ranker(sys.argv[2], sys.argv[3:])])
+"""
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_unpickled_in_a_fresh_process(remote, tmp_path):
+    """As a Ray task, or a process pool, gets it."""
+    ranker = ranker_of("bert")
+    if remote:
+        ranker, script = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True), PICKLED
+    else:
+        script = PICKLED.replace('"modeling_querit", ', "")
+    (tmp_path / "ranker.pkl").write_bytes(pickle.dumps(ranker))
+    environment = {**os.environ, "HF_MODULES_CACHE": dynamic_module_utils.HF_MODULES_CACHE, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(tmp_path / "ranker.pkl"), QUERY, *CORPUS[:3]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = [result["score"] for result in ranker(QUERY, CORPUS[:3])]
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-5)
+    again = copy.deepcopy(ranker)
+    assert type(again) is type(ranker) and again.model is not ranker.model
+
+
+FORKED = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(2)
+import querit
+ranker = querit.load(sys.argv[2])
+child = os.fork()
+if child == 0:
+    results = ranker("Where does the river rise?", ["rain " * 200] * 2 + ["wind " * 200, "oil"])
+    os._exit(0 if len(results) == 4 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_built_in_the_parent_it_ranks_in_a_forked_child(tmp_path):
+    """As gunicorn --preload has it. Weights in 16 bits are the harder case: their dtype is measured, then cast."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024}  # large enough for several threads
+    folder = save_folder(tmp_path, "bert", tiny_model("bert", torch.float16, **shape))
+    done = subprocess.run([sys.executable, "-c", FORKED, str(ROOT), str(folder)], timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_int8_by_quantize_dynamic_finds_every_linear_layer():
+    model = copy.deepcopy(ranker_of("bert").model)
+    layers = sum(type(module) is torch.nn.Linear for module in model.modules())
+    TextRankingPipeline(model=model, tokenizer=tokenizer_of("bert"))
+    small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    found = sum(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in small.modules())
+    assert found == layers > 10
 
 
 def fresh_process(tmp_path, folders: dict[str, str | None]) -> dict[str, dict[int, float]]:

@@ -1,14 +1,13 @@
 """The prompt: joined pieces are the whole string's ids, cuts keep the prompt, user text is never a control token."""
 
 import itertools
-import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.processors import BertProcessing
+from tokenizers.processors import TemplateProcessing
 
 from modeling_querit.prompting_querit import CHUNK, EncodedPair, PromptEncoder, document_text
 from tests.tokenizers_for_tests import CAUSAL_TOKENIZERS, CORPUS, bert_like_tokenizer, qwen3_like_tokenizer
@@ -21,8 +20,19 @@ LONG = 4096
 PLAIN = "Judge whether the Content meets the requirements based on the Query. Query: {query}; Content: {document}"
 INSTRUCTED = "{instruction} Query: {query}; Content: {document}"
 
-SPECIAL_TEXT = ["[CLS]", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<pad>", "<mask>", "<unk>"]
-SPECIAL_TEXT += ["<｜end▁of▁sentence｜>", "＜/s＞", "<think>", "<｜User｜>"]
+SPECIAL_TEXT = [
+    "[CLS]",
+    "[SEP]",
+    "[PAD]",
+    "[MASK]",
+    "[UNK]",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+]
+SPECIAL_TEXT += ["<｜end▁of▁sentence｜>", "［SEP］", "<think>", "<｜User｜>"]
 BLANKS = [
     " ",
     "  ",
@@ -103,7 +113,7 @@ def control_ids(kind: str) -> set[int]:
 
 
 def content_ids(kind: str, pair: EncodedPair) -> tuple[int, ...]:
-    return pair.prefix[1:-2] + pair.document if kind == "bert" else pair.prefix + pair.document
+    return pair.prefix[1:-1] + pair.document if kind == "bert" else pair.prefix + pair.document
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -124,19 +134,17 @@ def test_joined_pieces_are_the_ids_of_the_whole_string(kind, query, documents, i
 def test_user_text_never_becomes_a_control_token(kind, query, document, instruction):
     [pair] = encoder(kind).encode(query, [document], instruction)
     assert control_ids(kind).isdisjoint(content_ids(kind, pair))
-    if kind != "bert":  # a Unigram model's own ids hold `</s>`; the byte-level ones must be those of the whole string
+    if kind != "bert":  # a Unigram model's own ids hold `[SEP]`; the byte-level ones must be those of the whole string
         assert pair.input_ids == whole_ids(kind, query, document, instruction)
 
 
 def test_special_text_in_a_unigram_vocabulary_is_spelled_out():
     tokenizer = tokenizer_of("bert")
-    [pair] = encoder("bert").encode("rain", ["oil </s> rain"])
+    [pair] = encoder("bert").encode("rain", ["oil [SEP] rain"])
     vocabulary = tokenizer.get_vocab()
-    assert vocabulary["</s>"] in tokenizer("</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    slash = vocabulary.get("/", tokenizer.unk_token_id)
-    angles = [vocabulary.get(character, tokenizer.unk_token_id) for character in "<>"]
-    spelled = [angles[0], slash, vocabulary["s"], angles[1]]
-    assert any(list(pair.document[i : i + 4]) == spelled for i in range(len(pair.document)))
+    assert vocabulary["[SEP]"] in tokenizer("[SEP]", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    spelled = [vocabulary.get(character, tokenizer.unk_token_id) for character in "[SEP]"]
+    assert any(list(pair.document[i : i + 5]) == spelled for i in range(len(pair.document)))
     before, after = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("oil", "rain"))
     assert pair.document[: len(before)] == before and pair.document[-len(after) :] == after
 
@@ -183,47 +191,11 @@ def test_the_template_refuses_what_it_would_drop():
 
 @pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3", "bert"])
 def test_documents_of_one_query_share_their_prefix(kind):
-    assert encoder(kind).cut_is_safe
     first, second = encoder(kind).encode("rain?", ["Rain.", "日本"], "Find.")
     assert first.prefix is second.prefix
     text = tokenizer_of(kind).decode(first.prefix)
     assert "rain?" in text.replace(" ?", "?") and "Rain." not in text
     assert encoder(kind).encode("rain?", []) == []
-
-
-def test_where_the_cut_is_not_safe_the_whole_is_tokenised():
-    tokenizer, prompts = tokenizer_of("unsafe"), encoder("unsafe")
-    assert not prompts.cut_is_safe
-    [pair] = prompts.encode("rain", ["Rain fell"])
-    # A token that straddles the cut is in the prefix, so the pieces are not what tokenising them apart gives.
-    whole, cut = PLAIN.format(query="rain", document="Rain fell"), PLAIN.format(query="rain", document="").rstrip()
-    assert tokenizer.decode(pair.prefix).startswith(cut + " ")
-    assert tokenizer.decode(pair.prefix + pair.document) == whole
-    assert pair.document and pair.input_ids == whole_ids("unsafe", "rain", "Rain fell")
-    apart = [*tokenizer(cut)["input_ids"], *tokenizer(whole[len(cut) :])["input_ids"]]
-    assert pair.input_ids[:-1] != apart
-
-
-def test_one_token_over_the_cut_is_found_by_the_probes():
-    """A single merge over the cut, for one word that no fixed table of documents would hold."""
-    tokenizer = qwen3_like_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["pre_tokenizer"]["pretokenizers"].pop(0)  # merges may now run over blanks
-    state["model"]["merges"] = [["Ġ", "z"], ["Ġz", "q"], [":", "Ġzq"]]
-    for token in ("Ġz", "Ġzq", ":Ġzq"):
-        state["model"]["vocab"].setdefault(token, 5000 + len(state["model"]["vocab"]))
-    state["model"]["vocab"] = {
-        token: i for token, i in state["model"]["vocab"].items() if len(token) == 1 or token in ("Ġz", "Ġzq", ":Ġzq")
-    }
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    prompts = PromptEncoder(tokenizer, 512)
-    assert not prompts.cut_is_safe
-    [pair] = prompts.encode("rain", ["zqa"])  # the token over the cut goes to the prefix
-    assert tokenizer.convert_ids_to_tokens([pair.prefix[-1], *pair.document]) == [":Ġzq", "a"]
-    state["model"]["merges"].pop()
-    del state["model"]["vocab"][":Ġzq"]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    assert PromptEncoder(tokenizer, 512).cut_is_safe
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -250,13 +222,12 @@ def test_the_query_has_a_cap_and_the_document_the_rest(kind):
     tokenizer, words = tokenizer_of(kind), "wind and rain " * 300
     free = encoder(kind)
     fixed = free.encode("", [""])[0].num_tokens
-    for share in (0.25, 0.75):
-        limited = PromptEncoder(tokenizer, 200, query_share=share)
-        long, short = limited.encode(words, [words, "rain"])
-        query_tokens = len(long.prefix) - len(free.encode("", [""])[0].prefix)
-        assert share * (200 - fixed) - 4 <= query_tokens <= share * (200 - fixed) + 1
-        assert 196 <= long.num_tokens <= 200 and long.truncated
-        assert short.prefix == long.prefix and short.truncated and short.span == (0, 4)
+    limited = PromptEncoder(tokenizer, 200)
+    long, short = limited.encode(words, [words, "rain"])
+    query_tokens = len(long.prefix) - len(free.encode("", [""])[0].prefix)
+    assert 0.75 * (200 - fixed) - 4 <= query_tokens <= 0.75 * (200 - fixed) + 1
+    assert 196 <= long.num_tokens <= 200 and long.truncated
+    assert short.prefix == long.prefix and short.truncated and short.span == (0, 4)
     [pair] = limited.encode("rain", [words])  # a short query leaves its share to the document
     assert 198 <= pair.num_tokens <= 200 and pair.truncated
     assert len(pair.prefix) == len(free.encode("rain", [words])[0].prefix)
@@ -279,7 +250,7 @@ def test_the_instruction_stands_before_the_query_and_must_leave_room(kind):
     [pair] = limited.encode("rain", ["wind"], "Find the weather.")
     assert pair.input_ids == whole_ids(kind, "rain", "wind", "Find the weather.")
     assert limited.encode("rain", ["wind"], "") == limited.encode("rain", ["wind"])
-    with pytest.raises(ValueError, match=r"instruction leaves no room.*shorten it, or raise it to at least"):
+    with pytest.raises(ValueError, match=r"too small for the instruction.*shorten it, or raise it to at least"):
         limited.encode("rain", ["wind"], "Find the weather. " * 100)
     [kept] = limited.encode("rain " * 500, ["wind"], "Find the weather.")
     assert "weather" in tokenizer_of(kind).decode(kept.prefix) and kept.truncated
@@ -287,11 +258,11 @@ def test_the_instruction_stands_before_the_query_and_must_leave_room(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 @quick
-@given(document=adversarial, repeat=st.integers(1, 8), overlap=st.sampled_from([0.0, 0.25, 0.6]))
-def test_passages_cover_the_document_and_hold_the_ids_of_their_spans(kind, document, repeat, overlap):
+@given(document=adversarial, repeat=st.integers(1, 8))
+def test_passages_cover_the_document_and_hold_the_ids_of_their_spans(kind, document, repeat):
     document *= repeat
     limited = encoder(kind, 64)
-    windows = limited.encode_passages("rain", document, overlap=overlap)
+    windows = limited.encode_passages("rain", document)
     covered = 0
     for number, window in enumerate(windows):
         start, end = window.span
@@ -307,16 +278,12 @@ def test_passages_cover_the_document_and_hold_the_ids_of_their_spans(kind, docum
 def test_passages_overlap_and_start_at_words():
     document = "wind rain fog waves weather " * 60
     limited = encoder("qwen3", 64)
-    windows = limited.encode_passages("rain", document, overlap=0.25)
+    windows = limited.encode_passages("rain", document)
     for left, right in itertools.pairwise(windows):
         shared = len(encoder("qwen3").encode("", [document[right.span[0] : left.span[1]]])[0].document)
         assert 0.1 <= shared / len(left.document) <= 0.35
         assert document[right.span[0] - 1] == " " != document[right.span[0]]
-    apart = limited.encode_passages("rain", document, overlap=0)
-    assert [left.span[1] for left in apart[:-1]] == [right.span[0] for right in apart[1:]]
     assert all(window.truncated for window in limited.encode_passages("wind " * 99, document))
-    with pytest.raises(ValueError, match="overlap"):
-        limited.encode_passages("rain", document, overlap=1.0)
     least = encoder("qwen3").encode("rain", [""])[0].num_tokens
     with pytest.raises(ValueError, match="too few tokens for its character '𠜎'"):
         encoder("qwen3", least + 2).encode_passages("rain", "𠜎")
@@ -325,8 +292,8 @@ def test_passages_overlap_and_start_at_words():
 @pytest.mark.parametrize("kind", ALL)
 def test_of_a_million_characters_little_more_than_fits_is_tokenised(kind, monkeypatch):
     limited = encoder(kind, 256)
-    call, seen = limited._call, []
-    monkeypatch.setattr(limited, "_call", lambda texts, split: seen.extend(map(len, texts)) or call(texts, split))
+    tokenize, seen = limited._tokenize, []
+    monkeypatch.setattr(limited, "_tokenize", lambda texts: seen.extend(map(len, texts)) or tokenize(texts))
     huge = ["wind and rain " * 71_500, "wind" * 250_000]
     if kind != "bert":  # whose tokenizer does not know this one: a million unknown characters in a row are one token
         huge.append("雨" * 1_000_000)
@@ -354,7 +321,7 @@ def test_the_room_for_a_document_counts_the_words_before_it():
         PromptEncoder(tokenizer, 2)
     least = int(str(error.value).rsplit(" ", 1)[1].rstrip("."))
     for max_length in (least, least + 3):
-        [pair] = PromptEncoder(tokenizer, max_length, query_share=0.9).encode("wind " * 50, ["rain " * 50])
+        [pair] = PromptEncoder(tokenizer, max_length).encode("wind " * 50, ["rain " * 50])
         assert pair.num_tokens <= max_length and len(pair.document) >= lead
 
 
@@ -371,8 +338,8 @@ def test_windows_of_single_characters_leave_none_out():
 
 def test_little_more_than_fits_is_tokenised(monkeypatch):
     limited, seen = PromptEncoder(tokenizer_of("qwen3"), 128), []
-    call = limited._call
-    monkeypatch.setattr(limited, "_call", lambda texts, split: (seen.extend(map(len, texts)), call(texts, split))[1])
+    tokenize = limited._tokenize
+    monkeypatch.setattr(limited, "_tokenize", lambda texts: seen.extend(map(len, texts)) or tokenize(texts))
     limited.encode("rain " * 200_000, ["wind and rain " * 70_000])
     assert sum(seen) < 10_000
 
@@ -382,8 +349,8 @@ def test_documents_are_tokenised_a_few_at_a_time(monkeypatch):
     limited, sizes = PromptEncoder(tokenizer_of("qwen3"), 128), []
     documents = [f"document {number} of many" for number in range(150)]
     expected = [limited.encode("many?", [document])[0] for document in documents]
-    call = limited._call
-    monkeypatch.setattr(limited, "_call", lambda texts, split: sizes.append(len(texts)) or call(texts, split))
+    tokenize = limited._tokenize
+    monkeypatch.setattr(limited, "_tokenize", lambda texts: sizes.append(len(texts)) or tokenize(texts))
     assert limited.encode("many?", documents) == expected
     assert max(sizes) == CHUNK
 
@@ -406,19 +373,38 @@ def test_document_text():
 
 
 def test_wrong_arguments_are_named():
-    prompts = encoder("qwen3")
-    with pytest.raises(TypeError, match=r"documents\[1\] must be a string, not NoneType"):
-        prompts.encode("q", ["a", None])
-    with pytest.raises(TypeError, match=r"give \[document\]"):
-        prompts.encode("q", "a")
-    with pytest.raises(TypeError, match="query must be a string, not int"):
-        prompts.encode(3, ["a"])
-    with pytest.raises(TypeError, match="instruction must be a string"):
-        prompts.encode("q", ["a"], ["i"])
-    with pytest.raises(TypeError, match="document must be a string"):
-        prompts.encode_passages("q", {"text": "a"})
-    with pytest.raises(ValueError, match="query_share"):
-        PromptEncoder(tokenizer_of("qwen3"), 64, query_share=1.0)
+    for query, instruction in ((3, None), ("q", ["i"])):
+        with pytest.raises(TypeError, match="query and instruction must be strings"):
+            encoder("qwen3").encode(query, ["a"], instruction)
+
+
+def test_another_length_shares_what_was_learnt():
+    limited = encoder("bert").limited(32)
+    assert limited.encode("rain " * 40, ["wind " * 40]) == encoder("bert", 32).encode("rain " * 40, ["wind " * 40])
+    assert limited._plain is encoder("bert")._plain
+    with pytest.raises(ValueError, match="raise it to at least"):
+        encoder("bert").limited(3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+def test_threads_tokenise_alike_and_the_callers_tokenizer_is_left_alone(kind):
+    """One encoder, eight threads, texts that spell control tokens, and a caller who pads and cuts with it meanwhile."""
+    tokenizer = BUILDERS[kind]()
+    shared = PromptEncoder(tokenizer, 64)
+    texts = [f"{token} rain {token} {number}" for number, token in enumerate(SPECIAL_TEXT * 3)]
+    expected = [shared.encode(text, texts) for text in texts]
+    plain = tokenizer(texts)["input_ids"]
+
+    def work(number):
+        if number % 2:
+            return [shared.encode(text, texts) for text in texts] == expected
+        options = {"padding": True, "truncation": True, "max_length": 12}
+        return all(len(ids) <= 12 for _ in range(30) for ids in tokenizer(texts, **options)["input_ids"])
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(16)))
+    assert tokenizer(texts)["input_ids"] == plain
+    assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_templates_that_cannot_be_used_are_refused():
@@ -429,18 +415,20 @@ def test_templates_that_cannot_be_used_are_refused():
             PromptEncoder(tokenizer, 64)
 
     query, document = "{{ messages[0].content }}", "{{ messages[1].content }}"
-    refused(None, "glued together")
+    refused(None, "no pair template that sets tokens")
     refused(f"{document} {query}[CLS]", "in this order")
     refused(f"{query} {query} {document}[CLS]", "once each")
     refused("{{ messages[0].content | trim }}; " + document + "[CLS]", "untrimmed")
-    refused(f"{query}; {document}", "no added token")
-    refused(f"{query}; {document}[SEP]", "no added token")
-    refused(f"<|im_start|>{query}; {document}[CLS]", "plain text only")
+    refused(f"{query}; {document}", "in an added token")
+    refused(f"{query}; {document}[SEP]", "in an added token")
+    refused(f"<|im_start|>{query}; {document}[CLS]", "plain text up to the document")
     tokenizer = qwen3_like_tokenizer()
     tokenizer.chat_template = f"{query}; {document}[CLS]"  # has no place for an instruction
     with pytest.raises(ValueError, match="contents of system, query, document"):
         PromptEncoder(tokenizer, 64).encode("q", ["d"], "i")
     tokenizer = bert_like_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = BertProcessing(("</s>", 2), ("<s>", 0))
-    with pytest.raises(ValueError, match="token types"):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS]:1 $A:1 [SEP]:1 $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    with pytest.raises(ValueError, match="with the segment id 0"):
         PromptEncoder(tokenizer, 64)

@@ -1,12 +1,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import pipeline
 
-from recipes.calibrate import CalibrateArguments, fit, main, rescale
+from recipes.calibrate import CalibrateArguments, fit, languages_of, main, reliability, rescale
 from tests.models_for_tests import folder_of, tiny_model
 from tests.recipes.folders_for_tests import SUBJECTS
 
@@ -20,13 +21,33 @@ def test_fit_finds_the_curve_that_drew_the_labels():
         fit(-logits, relevant)
 
 
-def test_rescale_moves_the_logit_as_told():
-    model, ids = tiny_model("bert"), torch.randint(6, 60, (3, 9))
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])  # one label, and two
+def test_rescale_moves_the_logit_as_told(kind):
+    model, ids = tiny_model(kind), torch.randint(6, 60, (3, 9))
     with torch.no_grad():
         before = model(input_ids=ids).logits
         rescale(model, 0.7, -1.2)
         after = model(input_ids=ids).logits
     assert torch.allclose(after, 0.7 * before - 1.2, atol=1e-5)
+
+
+def test_reliability_by_hand():
+    found = reliability(np.array([0.95, 0.85, 0.81, 0.05, 1.0]), np.array([True, True, False, False, True]))
+    # Bins 0.9 (0.95 and 1.0, both relevant), 0.8 (0.85 and 0.81, one relevant), 0.0 (0.05, not).
+    assert found["ece"] == pytest.approx((2 * 0.025 + 2 * 0.33 + 1 * 0.05) / 5, abs=1e-4)
+    assert found["right_mean"] == pytest.approx(2.8 / 3, abs=1e-4) and found["wrong_mean"] == pytest.approx(0.43)
+    assert [(entry["from"], entry["n"], entry["relevant"]) for entry in found["bins"]] == [
+        (0.0, 1, 0.0),
+        (0.8, 2, 0.5),
+        (0.9, 2, 1.0),
+    ]
+
+
+def test_languages_are_told_by_query_and_documents():
+    english = ["The tide rises twice a day because the Moon pulls on the water of the sea.", "Salt is mined in hills."]
+    assert languages_of("why does the sea rise twice a day", english) == "en"
+    assert languages_of("Warum steigt das Meer zweimal am Tag und sinkt dann wieder?", english) == "de-en"
+    assert languages_of("海はなぜ一日に二度満ちるのですか。", english) == "ja-en"
 
 
 def judged_rows(ranker):
@@ -56,10 +77,14 @@ def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_
     assert (tmp_path / "out" / "merge.json").read_text() == '{"method": "slerp"}'
     calibrated = pipeline("text-ranking", model=str(tmp_path / "out"), trust_remote_code=True)
     probabilities = []
-    for row in rows[16:]:
+    for row in rows[16::2]:  # those that fit
         before, after = (r(row["query"], row["documents"], max_length=48) for r in (ranker, calibrated))
         assert [x["index"] for x in before] == [x["index"] for x in after]
         probabilities += [x["probability"] for x in after]
+    table = json.loads((tmp_path / "out" / "reliability.json").read_text())
+    assert sum(entry["n"] for entry in table.values()) == 6 * len(
+        rows[17::2]
+    )  # measured on others than it was fitted on
     # A property of maximum likelihood with an intercept: the mean prediction is the rate.
     assert sum(probabilities) / len(probabilities) == pytest.approx(1 / 6, abs=5e-3)
 
@@ -80,7 +105,7 @@ def test_what_stands_at_the_output_is_kept(tmp_path, capsys):
     assert (theirs / "notes.txt").read_text() == "years of work"
     run(out)
     report = json.loads((out / "calibrate.json").read_text())
-    assert report["slope"] > 0 and report["queries"] == 16 and report["settings"]["first_group"] == 16
+    assert report["slope"] > 0 and report["queries"] == 8 and report["settings"]["first_group"] == 16
     stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     run(out)
     assert f"{out} is there already" in capsys.readouterr().out

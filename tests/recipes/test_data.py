@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from recipes.data import read_corpus, read_qrels, read_queries, read_texts, read_top_ranked
+from recipes.lib.data import read_corpus, read_qrels, read_queries, read_texts, read_top_ranked
 from tests.recipes.folders_for_tests import small_set
 
 
@@ -16,18 +16,18 @@ def test_a_beir_folder_is_read_plain_or_gzipped(tmp_path, packed):
     assert len(list(read_texts(folder))) == len(read_corpus(folder)) + len(read_queries(folder))
 
 
-def test_titles_stand_before_the_text_once(tmp_path):
+def test_titles_stand_before_the_text(tmp_path):
     (tmp_path / "corpus.jsonl").write_text(
         '{"_id": "a", "title": "Tides", "text": "They rise."}\n{"_id": "b", "title": "Tides", "text": "Tides rise."}\n'
     )
-    assert read_corpus(tmp_path) == {"a": "Tides They rise.", "b": "Tides rise."}
+    assert read_corpus(tmp_path) == {"a": "Tides They rise.", "b": "Tides Tides rise."}
 
 
 def test_errors_name_the_file_and_the_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither corpus\.jsonl nor"):
         read_corpus(tmp_path)
     (tmp_path / "queries.jsonl").write_text('{"_id": "a", "text": "x"}\n{broken\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ValueError, match=r"queries\.jsonl:2: no JSON"):
         read_queries(tmp_path)
     small_set(tmp_path / "set")
     (tmp_path / "set" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n")
@@ -39,11 +39,13 @@ def test_errors_name_the_file_and_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"_id": "b", "title": "Tides"}', r"corpus\.jsonl, line 4: no text under `text`"),
-        ('{"_id": "b", "text": null}', r"corpus\.jsonl, line 4: no text under `text`"),
-        ('{"_id": 7, "text": "x"}', r"corpus\.jsonl, line 4: no text under `_id`"),
-        ('["b", "x"]', r"corpus\.jsonl, line 4: no text under `_id`"),
-        ('{"_id": "b", "text": "x \\ud83d"}', r"corpus\.jsonl, line 4: '\\ud83d' is half of a character"),
+        ('{"_id": "b", "title": "Tides"}', r"corpus\.jsonl:4: no text under `text`"),
+        ('{"_id": "b", "text": null}', r"corpus\.jsonl:4: no text under `text`"),
+        ('{"_id": "b", "text": ["x"]}', r"corpus\.jsonl:4: 'text' is a list; it must be a text or a number"),
+        ('{"_id": true, "text": "x"}', r"corpus\.jsonl:4: '_id' is true or false"),
+        ('["b", "x"]', r"corpus\.jsonl:4: no text under `_id`"),
+        ("[" * 100_000, r"corpus\.jsonl:4: .*nested too deeply"),
+        ('{"_id": "b", "text": ' + "9" * 5000 + "}", r"corpus\.jsonl:4: a number has too many digits"),
     ],
 )
 def test_rows_that_lack_something_are_told_and_blank_lines_are_none(tmp_path, row, message):
@@ -62,13 +64,32 @@ def test_an_archive_that_is_cut_short_is_named(tmp_path):
         read_corpus(tmp_path)
 
 
+def test_numbers_are_their_text_and_halves_of_characters_are_told_from_none(tmp_path):
+    rows = '{"_id": 7, "title": 1917, "text": "x \\ud83d"}\n{"_id": 0, "title": NaN, "text": 2.5}\n'
+    (tmp_path / "corpus.jsonl").write_text(rows)
+    assert read_corpus(tmp_path) == {"7": "1917 x \ufffd", "0": "2.5"}
+    (tmp_path / "top_ranked.jsonl").write_text('{"query-id": 1, "corpus-ids": [7, "0"]}\n')
+    assert read_top_ranked(tmp_path) == {"1": ["7", "0"]}
+
+
+def test_a_missing_folder_is_called_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        read_corpus(tmp_path / "nowhere")
+
+
+def test_files_of_other_systems_are_no_split(tmp_path):
+    folder = small_set(tmp_path / "set")
+    (folder / "qrels" / "._test.tsv").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert read_qrels(folder)["q1"] == {"d1": 1}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("q1\td1\t1\n", r"test\.tsv: its first line must name the columns query-id, corpus-id, score"),
         ("", "query-id, corpus-id, score is not there"),
-        ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0.5\n", r"test\.tsv, line 3: the score is '0\.5'"),
-        ("query-id\tcorpus-id\tscore\nq1\td1\n", "line 2: the score is None"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0.5\n", r"test\.tsv:3: the score is '0\.5'"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\n", r"tsv:2: the score is None"),
     ],
 )
 def test_judgements_without_a_header_or_a_score_are_told(tmp_path, lines, message):

@@ -1,8 +1,7 @@
 """The three members' recipes, with the files and keys that stand in `recipes/`, at tiny size.
 
-Every kind of stage runs, up to what is released, but for Nano's base, which is made of a package's weights. Of the
-targets the merge's first and last one run. So of Nano's no ablation does, nor `wiki`, whose queries a local language
-model writes: that is tested in test_generators.py.
+Every kind of stage runs, up to what is released, but for Nano's first two, which take models out of packages. Of the
+targets the merge's first and last one run, and of Nano's no ablation.
 """
 
 import json
@@ -20,11 +19,12 @@ import yaml
 from transformers import pipeline
 
 import recipes.calibrate
-from recipes.records import read_record
+from querit.files import read_record
+from recipes.lib.stages import Stage, read_stages
 from recipes.run import launch_here, plan, run
-from recipes.stages import Stage, read_stages
 from tests.models_for_tests import SCRATCH
 from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_retriever, write_beir
+from tests.recipes.nano_for_tests import save_parallel, save_teacher, sentences
 from tests.recipes.test_backbone import plain_backbone
 from tests.recipes.test_generators import Server
 
@@ -38,7 +38,20 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "mine": {"sample": 12, "retriever_batch_size": 8, "shard_size": 8},
     "score": {"top_k": 10, "candidates": 3, "passage_tokens": 32, "batch_size": 8, "shard_size": 8},
-    "codeswitch": {"words": 60},
+    "vocabulary": {
+        "words": {"de": 30, "ja": 30}, "parts": {"de": 10, "ja": 5}, "cjk_characters": 300, "hangul_characters": 10,
+        "hangul_starts": 5, "other_characters": 400, "sample": 30, "parallel": ["tiny/parallel.jsonl"],
+    },
+    "base": {"languages": ["de", "ja"], "parallel": ["tiny/parallel.jsonl"], "aligned": {}},
+    "align": {
+        "languages": {"de": 1.0, "ja": 1.0}, "parallel": ["tiny/parallel.jsonl"], "aligned": {}, "layers": 2,
+        "layer_weights": {2: 1.0}, "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "use_cpu": True, "save_steps": 1, "warmup_steps": 1, "disable_tqdm": True,
+    },
+    "crosslingual": {
+        "mix": {"switched": 8, "monolingual": 14, "sentences": 12}, "sentences": ["tiny/parallel.jsonl"],
+        "questions": [], "aligned": {}, "pooled": {}, "short_tokens": 24, "long_tokens": 32, "shard_size": 16,
+    },
     "calibrate": {"first_group": 12, "groups": 20},
     "evaluate": {"top_k": 6, "max_queries": 5, "max_length": 128},
 }  # fmt: skip
@@ -113,6 +126,7 @@ def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
     monkeypatch.chdir(SCRATCH / member)
     tiny_retriever(Path("tiny/retriever"))
     small_set(Path("tiny/judged"))
+    save_parallel(Path("tiny/parallel.jsonl"), sentences(30))
 
     def data(path: str) -> str:
         """A folder that a stage makes, or a small one in place of one that lies elsewhere."""
@@ -143,6 +157,11 @@ def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
                 key: entry | {"path": hub_dataset(Path("tiny/hub") / key, entry), "documents": 25}
                 for key, entry in kept.items()
             }
+        if stage.script == "vocabulary":
+            config["texts"] = {x: [data(path) for path in config["texts"][x][:1]] for x in ("en", "de", "ja")}
+        if stage.script == "crosslingual":
+            for key in ("english", "monolingual"):
+                config[key] = [{"folder": data(entry["folder"]), "queries": 20} for entry in config[key][:1]]
         if stage.script == "mine":
             config["documents"] = data(config["documents"])
             if config.get("retriever", "bm25") != "bm25":
@@ -255,12 +274,13 @@ def test_the_moe_member_by_the_command(recipe):
 
 def test_the_small_member(recipe, monkeypatch):
     stages = recipe("querit-nano")
-    assert stages[-2].output.name == "calibrated"  # what is released
     # A model of a few steps may rank upside down, which the fit refuses; how it fits is tested in test_calibrate.py.
     monkeypatch.setattr(recipes.calibrate, "fit", lambda logits, relevant: (2.0, 0.5))
-    # its base is made of a package's weights; here it is the tiny retriever
-    (base,) = [stage for stage in stages if stage.script == "base"]
-    shutil.copytree("tiny/retriever", base.output)
-    names = [stage.name for stage in stages if stage is not base]
+    # what stands in packages
+    made = {stage.name: stage for stage in stages}
+    shutil.copytree("tiny/retriever", made["0_retriever"].output)
+    save_teacher(made["0_teacher"].output)
+    names = [stage.name for stage in stages if stage.script != "packaged"]
+    assert names[:5] == ["0_vocabulary", "0_base", "1_align", "1_general_groups", "1_general"]
     assert run(stages, names, launch_here) == names and up_to_date(stages, names)
     check_result(stages)

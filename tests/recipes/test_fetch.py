@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from recipes.data import read_corpus, read_qrels, read_queries
-from recipes.documents import stable_hash
 from recipes.fetch import FetchArguments, check, main
+from recipes.lib.data import read_corpus, read_qrels, read_queries
+from recipes.lib.documents import stable_hash
 
 DOCUMENTS = [{"_id": f"d{n}", "title": "Kettles" if n == 3 else "", "text": f"kettle\tnumber {n}"} for n in range(20)]
 QUERIES = [{"_id": f"q{n}", "text": f"the kettle «{n}»"} for n in range(4)]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
-from recipes.crops import CropGenerator, count_terms, split_sentences, term_slot
-from recipes.generators import (
+from recipes.lib.crops import CropGenerator, count_terms, split_sentences, term_slot
+from recipes.lib.generators import (
     ALIKE,
     PROMPTS,
     REFUSED,
@@ -22,7 +22,7 @@ from recipes.generators import (
     read_prompt,
     read_settings,
 )
-from recipes.queries import answer_lines, kind_of, normalise, read_answer, why_dropped, word_count
+from recipes.lib.queries import answer_lines, kind_of, normalise, read_answer, why_dropped, word_count
 from tests.models_for_tests import tiny_config, tokenizer_of
 
 CHAT = (
@@ -456,7 +456,7 @@ class Clock:
 
 def test_requests_keep_to_their_rate(serve, monkeypatch):
     clock, asked = Clock(), []
-    monkeypatch.setattr("recipes.generators.time", clock)
+    monkeypatch.setattr("recipes.lib.generators.time", clock)
     server = serve(answer=lambda messages: asked.append(clock.now) or "kettle limescale")
     generator = remote(server, requests_per_minute=30, concurrency=1)
     generator.queries(ITEMS[:3])

@@ -116,7 +116,8 @@ def test_slerp_of_three_is_the_formula_tensor_by_tensor_and_the_result_ranks(kin
             linear[step] += [name] * was_linear
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=2e-6, err_msg=name)
     moved = {name for name in result if not any(torch.equal(result[name], other[name]) for other in inputs)}
-    assert {"head.weight", "head.bias"} < moved
+    head = "classifier" if kind == "bert" else "head"
+    assert {f"{head}.weight", f"{head}.bias"} < moved
     if kind == "deepseek_v3":
         layer = "model.layers.1.mlp"
         assert {f"{layer}.gate.weight", f"{layer}.gate.e_score_correction_bias"} < moved
@@ -323,7 +324,8 @@ def test_a_released_model_merges_with_one_in_training_precision(tmp_path):
     (released, *_), (_, _, adapted) = checkpoints("bert", torch.bfloat16), checkpoints("bert")
     result = merged(tmp_path, [released, adapted])
     assert {tensor.dtype for tensor in result.values()} == {torch.float32}
-    assert QueritForSequenceClassification.from_pretrained(tmp_path / "out").head.weight.dtype == torch.float32
+    model = QueritForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.relevance_head.weight.dtype == torch.float32
 
 
 def test_only_what_belongs_to_the_model_is_copied_from_the_first(tmp_path):
@@ -464,13 +466,13 @@ REFUSED = [
     (other_template, "differ in chat template"),
     (other_shape, r"differ in config.n_routed_experts \(8 against 4\)"),
     (other_architecture, "deepseek_v3 against bert"),
-    (lambda folder: edit_json(folder, "config.json", classifier_pooling="mean"), r"config.classifier_pooling \(last"),
+    (lambda folder: edit_json(folder, "config.json", classifier_pooling="cls"), r"config.classifier_pooling \(last"),
     (without("head.weight"), "head.weight missing"),
     (without(".experts.2.gate_proj"), "is no whole checkpoint"),
     (without(".experts.2."), "experts.down_proj, model.layers.1.mlp.experts.gate_up_proj missing"),
-    (pickled, "has no model.safetensors"),
+    (pickled, "weights only as pickles"),
     (stray_index, "delete the one that is stale"),
-    (index_elsewhere, "no safetensors file beside it"),
+    (index_elsewhere, "which lies in another folder"),
     (infinite, "head.weight holds NaN or infinity, in .*odd"),
 ]
 
@@ -569,7 +571,7 @@ def test_the_yaml_and_the_revision_of_a_model_from_the_hub(tmp_path, monkeypatch
     )
     (args,) = TrlParser(MergeArguments).parse_args_and_config(["--config", str(config)])
     main(args)
-    expected = 0.75 * weights_of(a)["head.weight"] + 0.25 * weights_of(c)["head.weight"]
-    torch.testing.assert_close(weights_of(tmp_path / "out")["head.weight"], expected)
+    expected = 0.75 * weights_of(a)["classifier.weight"] + 0.25 * weights_of(c)["classifier.weight"]
+    torch.testing.assert_close(weights_of(tmp_path / "out")["classifier.weight"], expected)
     report = json.loads((tmp_path / "out/merge.json").read_text(encoding="utf-8"))
     assert report["models"][1]["revision"] == "2" * 40

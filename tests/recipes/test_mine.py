@@ -19,11 +19,11 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from recipes import shards
-from recipes.data import read_corpus, read_jsonl, read_qrels
-from recipes.documents import read_documents
+from recipes.lib import shards
+from recipes.lib.data import read_corpus, read_jsonl, read_qrels
+from recipes.lib.documents import read_documents
+from recipes.lib.retrieval import build_index
 from recipes.mine import LAST, Lowest, MineArguments, RoundTrip, main
-from recipes.retrieval import build_index
 from tests.models_for_tests import tiny_config, tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_retriever
 from tests.recipes.test_generators import chat_tokenizer, entry_of, serve  # noqa: F401
@@ -98,6 +98,27 @@ def test_the_output_is_a_beir_folder_judged_by_source(made, tmp_path, capsys):
     with pytest.raises(FileExistsError, match=r"made with other settings \(sample, seed\)\. Move it away, or name"):
         main(arguments(made, out, sample=15, seed=1))
     assert contents(out) == before
+
+
+def test_what_is_asked_is_the_text_of_pages_and_of_the_column_that_is_named(made, tmp_path, capsys):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "._x.md").write_bytes(b"\xff")
+    lines = ["id;body;note"]
+    for number in range(12):
+        text = document(number)["text"]
+        (pages / f"{number}.md").write_text(
+            f"---\ntitle: Page of the {SUBJECTS[number]}\nlayout: default page\n---\n{text}\n", encoding="utf-8"
+        )
+        lines.append(f"{number};{text};unread words of note {number}")
+    (tmp_path / "d.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    main(arguments(made, tmp_path / "a", documents=str(pages), round_trip_top_k=0))
+    assert "left out: 1 hidden" in capsys.readouterr().out
+    queries = [row["text"] for row in read_jsonl(tmp_path / "a", "queries")]
+    assert "Page of the bread" in queries and not any("layout" in q or "title:" in q or "---" in q for q in queries)
+    main(arguments(made, tmp_path / "b", documents=str(tmp_path / "d.csv"), column="body", round_trip_top_k=0))
+    queries = [row["text"] for row in read_jsonl(tmp_path / "b", "queries")]
+    assert len(queries) > 12 and not any("unread" in query for query in queries)
 
 
 def test_the_round_trip_is_the_retrievers_top_k(made, tmp_path):

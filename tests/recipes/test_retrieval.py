@@ -12,8 +12,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 
-import recipes.retrieval
-from recipes.retrieval import build_index, load_index
+import recipes.lib.retrieval
+from recipes.lib.retrieval import build_index, load_index
 from tests.models_for_tests import tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_backbone, tiny_retriever
 
@@ -28,8 +28,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(recipes.retrieval, "SHARD_SIZE", 16)
-    monkeypatch.setattr(recipes.retrieval, "BLOCK_BYTES", 24 * 4 * 48)  # 24 vectors: no divisor of the passages' number
+    monkeypatch.setattr(recipes.lib.retrieval, "SHARD_SIZE", 16)
+    monkeypatch.setattr(recipes.lib.retrieval, "BLOCK_BYTES", 24 * 4 * 48)  # no divisor of the passages' number
 
 
 def expected(model, top_k, **options):
@@ -125,7 +125,7 @@ def test_a_finished_index_stays_and_other_passages_make_another(model, tmp_path,
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    import recipes.retrieval as retrieval
+    import recipes.lib.retrieval as retrieval
     from tests.recipes.test_retrieval import PASSAGES
 
     retrieval.SHARD_SIZE = 16
@@ -147,13 +147,13 @@ def test_a_killed_build_goes_on_to_the_same_bytes(model, tmp_path, small_blocks)
     assert len(stamps) == 2 and not (tmp_path / "killed" / "index.json").exists()
     encoded = []
 
-    class Counting(recipes.retrieval.Encode):
+    class Counting(recipes.lib.retrieval.Encode):
         def __call__(self, rows):
             encoded.extend(rows)
             return super().__call__(rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes.retrieval, "Encode", Counting)
+        patch.setattr(recipes.lib.retrieval, "Encode", Counting)
         build_index(PASSAGES, str(model), tmp_path / "killed")
     assert len(encoded) == len(PASSAGES) - 2 * 16
     build_index(PASSAGES, str(model), tmp_path / "unbroken")

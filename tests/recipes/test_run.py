@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from recipes import records
-from recipes.estimates import count_lines, estimate
-from recipes.records import code_hashes, content_hash, difference, move_aside, read_record, write_record
+from querit.files import content_hash, read_record, write_record
+from recipes.lib import records
+from recipes.lib.estimates import count_lines, estimate
+from recipes.lib.records import code_hashes, difference, move_aside
+from recipes.lib.stages import Stage, in_order, is_path, read_stages, script_of
 from recipes.run import adopt, check_keys, choose, launch_here, plan, run, show, state_of
-from recipes.stages import Stage, in_order, is_path, read_stages, script_of
 from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +95,9 @@ def test_a_recipe_runs_in_order_once(recipe):
 
 def test_scripts_are_told_by_the_last_word_of_a_name():
     names = {"1_general_long_score": "score", "1_general_long": "train", "4_adapt_zh": "train", "0_base": "base"}
-    names |= {"5_merge_calibrate": "calibrate", "1_general_codeswitch": "codeswitch"}
+    names |= {"5_merge_calibrate": "calibrate", "1_general_groups": "crosslingual", "0_teacher": "packaged"}
     assert {name: script_of(Path(f"{name}.yaml")) for name in names} == names
-    with pytest.raises(ValueError, match=r"adaptation.yaml: the name tells no stage; put one of base"):
+    with pytest.raises(ValueError, match=r"adaptation.yaml: the name tells no stage; put one of retriever"):
         script_of(Path("4_adaptation.yaml"))
 
 
@@ -145,18 +146,32 @@ def test_what_is_of_no_account_runs_nothing_again(recipe):
     assert run_all() == []
 
 
+def test_code_that_only_makes_scoring_faster_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / "querit" / "fast").mkdir(parents=True)
+    (tmp_path / "querit" / "__init__.py").write_text("")
+    (tmp_path / "querit" / "fast" / "__init__.py").write_text("import querit.loading\n")
+    (tmp_path / "querit" / "loading.py").write_text("x = 1\n")
+    script = tmp_path / "train.py"
+    script.write_text("import querit.fast\n")
+    before = code_hashes(script)
+    assert before.keys() == {"train.py", "querit/__init__.py", "querit/loading.py"}
+    (tmp_path / "querit" / "fast" / "__init__.py").write_text("import querit.loading\ny = 2\n")
+    assert code_hashes(script) == before
+
+
 def test_code_counts_as_parsed_and_as_far_as_it_is_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    (tmp_path / "recipes" / "prompts").mkdir(parents=True)
+    (tmp_path / "recipes" / "lib" / "prompts").mkdir(parents=True)
     files = {"__init__": "", "one": "from recipes.two import x\nimport torch\n", "two": "x = 1\n", "three": "y = 1\n"}
-    files["generators"] = "def late():\n    import recipes.two\n"
+    files["lib/generators"] = "def late():\n    import recipes.two\n"
     for name, text in files.items():
         (tmp_path / "recipes" / f"{name}.py").write_text(text)
-    (tmp_path / "recipes" / "prompts" / "fr.txt").write_text("Écris")
-    one, generators = (tmp_path / "recipes" / f"{name}.py" for name in ("one", "generators"))
+    (tmp_path / "recipes" / "lib" / "prompts" / "fr.txt").write_text("Écris")
+    one, generators = (tmp_path / "recipes" / f"{name}.py" for name in ("one", "lib/generators"))
     before = {"config": {}, "inputs": {}, "code": code_hashes(one)}
     assert before["code"].keys() == {"recipes/__init__.py", "recipes/one.py", "recipes/two.py"}
-    assert {"recipes/prompts/fr.txt", "recipes/two.py"} <= code_hashes(generators).keys()
+    assert {"recipes/lib/prompts/fr.txt", "recipes/two.py"} <= code_hashes(generators).keys()
     (tmp_path / "recipes" / "two.py").write_text("# why\nx  =  1\n")
     (tmp_path / "recipes" / "three.py").write_text("y = 2\n")
     assert difference(before, {**before, "code": code_hashes(one)}) is None
@@ -341,8 +356,8 @@ def test_estimates_count_what_stands_there_and_what_will(recipe):
     assert items["2_mine_fr"] == 1000 and items["3_score_fr"] == 1000 * 2 * 2
     assert items["5_merge"] == 2 and items["6_evaluate"] == 2 * 12
     assert count_lines("data/a", "corpus") == len(SUBJECTS) and count_lines("data/a", "none") is None
-    table = yaml.safe_load((ROOT / "recipes" / "rates.yaml").read_text())
-    assert found["1_general"].seconds == 54 / table["members"]["querit-nano"]["rates"]["train"]
+    table = yaml.safe_load((ROOT / "recipes" / "lib" / "rates.yaml").read_text())
+    assert found["1_general"].seconds == 54 / table["members"]["querit-nano"]["rates"]["1_general"]
     tokens, price = table["tokens_per_document"], table["prices"]["deepseek-ai/DeepSeek-R1"]
     assert found["2_mine_fr"].dollars == pytest.approx(
         1000 * (tokens["input"] * price["input"] + tokens["output"] * price["output"]) / 1e6
@@ -355,9 +370,9 @@ def test_estimates_count_what_stands_there_and_what_will(recipe):
 def test_a_stage_of_another_pace_has_a_rate_of_its_own(recipe):
     write_yaml("1_general_more", {**RECIPE["1_general"], "output_dir": "runs/more"})
     stages = {stage.name: stage for stage in read_stages("recipe")}
-    rates = yaml.safe_load((ROOT / "recipes" / "rates.yaml").read_text())["members"]["querit-nano"]["rates"]
-    assert rates["1_general_more"] != rates["train"]
-    for name, rate in (("1_general", "train"), ("1_general_more", "1_general_more"), ("4_adapt_fr", "train")):
+    rates = yaml.safe_load((ROOT / "recipes" / "lib" / "rates.yaml").read_text())["members"]["querit-nano"]["rates"]
+    assert rates["1_general"] != rates["train"]
+    for name, rate in (("1_general", "1_general"), ("1_general_more", "train"), ("4_adapt_fr", "train")):
         guess = estimate(stages[name], list(stages.values()))
         assert guess.items / guess.seconds == pytest.approx(rates[rate])
     assert estimate(stages["5_merge"], list(stages.values())).seconds is None  # not known, and not made up

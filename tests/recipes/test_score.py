@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from trl import TrlParser
 
-from recipes import retrieval, targets
-from recipes.data import read_corpus
+from recipes.lib import retrieval, targets
+from recipes.lib.data import read_corpus
+from recipes.lib.shards import read_rows
+from recipes.lib.targets import QUERIES, Passages, cut_passages, prepare, read_target, sample_ids
+from recipes.lib.teachers import Teacher, read_teachers
 from recipes.score import ScoreArguments, draw, first_stage, main, score_target
-from recipes.shards import read_rows
-from recipes.targets import QUERIES, Passages, cut_passages, prepare, read_target, sample_ids
-from recipes.teachers import Teacher, read_teachers
 from tests.models_for_tests import folder_of, tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_backbone, tiny_retriever, write_beir
 from tests.recipes.test_shards import local_ray  # noqa: F401

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.shards import batched, own_gpu, read_rows, run_shards, shard_name, write_items
+from recipes.lib.shards import batched, own_gpu, read_rows, run_shards, shard_name, write_items
 
 NUMBERS = pa.schema({"number": pa.int64()})
 SQUARES = pa.schema({"number": pa.int64(), "square": pa.int64()})
@@ -165,7 +165,7 @@ KILLED = """
     import sys, time
     from functools import partial
     from pathlib import Path
-    from recipes.shards import run_shards
+    from recipes.lib.shards import run_shards
     from tests.recipes.test_shards import SQUARES, Square
 
     class Waits(Square):

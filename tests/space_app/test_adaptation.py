@@ -5,6 +5,7 @@ import zipfile
 import psutil
 import pytest
 
+from recipes.lib.progress import Bar, Steps
 from space_app import adaptation
 from space_app.adaptation import MINUTES, Adapted, Progress, adapt, allowed_minutes, command, stage_of
 from space_app.limits import RefusedError
@@ -27,7 +28,7 @@ def children():
 def test_nothing_runs_unless_it_is_enabled(models, monkeypatch):
     monkeypatch.delenv(MINUTES, raising=False)
     assert allowed_minutes() == 0
-    with pytest.raises(RefusedError, match="not enabled"):
+    with pytest.raises(RefusedError, match="turned off"):
         next(adapt(models, DOCUMENTS, "Tiny", 1))
 
 
@@ -69,21 +70,24 @@ def test_a_failed_run_says_why_without_paths(models, enabled):
     assert "/tmp" not in str(refusal.value)  # noqa: S108
 
 
-def test_stages_follow_what_stands_in_the_folder(tmp_path):
-    shares = [stage_of(tmp_path, 0, 1).share]
-    for name, _ in adaptation.STAGES:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-        shares.append(stage_of(tmp_path, 0, 1).share)
-    assert shares == sorted(set(shares)) and shares[0] == 0 and stage_of(tmp_path, 9999, 1).share < 1
+def test_stages_are_told_as_the_run_writes_them(tmp_path):
+    assert stage_of(tmp_path, 3).share == 0 and stage_of(tmp_path, 3).seconds == 3
+    steps = Steps({"a": 10.0, "b": 30.0})
+    bar = Bar(steps, {"a": "Writing queries", "b": "Training"}, tmp_path / adaptation.PROGRESS)
+    with bar.step("a", tmp_path / "log.txt"):
+        bar.show()
+        assert stage_of(tmp_path, 3).stage == "Writing queries"
+    steps.end(steps.began + 10)
+    bar.show()
+    assert stage_of(tmp_path, 9).share == pytest.approx(0.25) and stage_of(tmp_path, 9).stage == "Packing"
 
 
 def test_the_command_is_one_that_the_cli_takes():
     from typer.testing import CliRunner
 
-    import querit
+    from querit import cli
 
     words = command("org/model").split()
     assert words[0] == "querit"
-    result = CliRunner().invoke(querit.app, [*words[1:], "--help"])
+    result = CliRunner().invoke(cli.app, [*words[1:], "--help"])
     assert result.exit_code == 0

@@ -32,7 +32,7 @@ def test_rank_gives_what_the_pipeline_gives(client, models):
 
 
 def test_explain_compare_and_models(client):
-    assert client.predict(api_name="/models") == ["Nano", "Tiny"]
+    assert client.predict(api_name="/models") == ["Nano", "Causal", "Tiny"]
     found = client.predict(QUERY, "The tide rises at noon. Flour is dear.", api_name="/explain")
     assert [row["text"] for row in found["sentences"]] == ["The tide rises at noon.", "Flour is dear."]
     assert found["best"] == 0 and found["passages"] == 1
@@ -42,12 +42,14 @@ def test_explain_compare_and_models(client):
 
 def test_evaluate_takes_a_file(client, tmp_path):
     rows = [
-        {"query": e["query"], "positive": [e["documents"][i] for i in e["relevant"]], "negative": e["documents"][:2]}
+        {"query": e["query"], "positive": e["documents"][e["answer"]], "negative": e["documents"][:2]}
         for e in examples()[:3]
     ]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     found = client.predict(handle_file(tmp_path / "set.jsonl"), "Nano", api_name="/evaluate")
     assert len(found["queries"]) == 3 and 0 < found["before"] <= 1 and 0 < found["after"] <= 1
+    with pytest.raises(AppError, match="long_documents must be one of"):
+        client.predict(handle_file(tmp_path / "set.jsonl"), "Nano", "all", api_name="/evaluate")
 
 
 def test_the_types_are_told(client):
@@ -67,6 +69,7 @@ def test_the_types_are_told(client):
         ({"documents": [{"text": 1}]}, "list of texts"),
         ({"documents": None}, "list of texts"),
         ({"model": "evil/repo"}, "no such model here"),
+        ({"instruction": "Find proofs."}, "trained without instructions"),
         ({"long_documents": "<b>"}, "long_documents must be one of"),
     ],
 )

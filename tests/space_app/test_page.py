@@ -9,11 +9,17 @@ from axe_playwright_python.sync_playwright import Axe
 from gradio_client import Client
 from playwright.sync_api import expect
 
+from querit import HUB_ID
 from space_app import ranking
+from space_app.measured import measured
 from tests.space_app.test_inputs import beir, pack
 from tests.space_app.test_views import HOSTILE
 
-TIDE = ["Flour and water make dough.", "The Moon's pull raises the tide twice a day.", "Trains leave every hour."]
+TIDE = [
+    "Flour and water make dough. It rises.",
+    "The Moon's pull raises the tide twice a day. The Sun helps it.",
+    "Trains leave every hour. The last one goes at ten.",
+]
 
 
 def fill(page, query, documents):
@@ -37,6 +43,7 @@ def tab(page, name):
 
 def test_ranking_shows_order_bars_and_places(open_page, models):
     page = open_page()
+    expect(page.locator("#stop")).to_be_disabled()
     rank(page)
     expected = models.ranker("Nano")("Why does the tide rise?", TIDE)
     assert texts(page) == [TIDE[row["index"]] for row in expected]
@@ -44,6 +51,9 @@ def test_ranking_shows_order_bars_and_places(open_page, models):
     assert widths == pytest.approx([100 * row["probability"] for row in expected], abs=0.6)
     expect(page.locator("#results .q-summary")).to_contain_text(re.compile(r"3 documents in \d+\.\d\d s"))
     assert all(re.search(r"BM25 \d → \d", text) for text in page.locator("#results .q-move").all_text_contents())
+    # One number, which has a name.
+    numbers = page.locator("#results .q-score").all_inner_texts()
+    assert all(re.fullmatch(r"relevance\s+([<>]?\d\d?%)", text.strip()) for text in numbers)
 
 
 def test_enter_ranks_and_everything_can_be_reached_by_keyboard(open_page):
@@ -86,22 +96,25 @@ def test_a_document_that_does_not_fit_is_marked(open_page):
     page = open_page()
     rank(page, "tide", ["The tide rises. " * 400, "Short."])
     expect(page.locator("#results")).to_contain_text("only its beginning was read")
+    # One sentence, read whole: there is nothing to say why.
+    assert page.locator("#results .q-row", has_text="Short.").locator(".q-why").count() == 0
+    assert page.locator("#results .q-why").count() == 1
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("notes.txt", "\n".join(TIDE)),
-        ("notes.md", "\n\n".join(TIDE)),
+        ("notes.json", json.dumps(TIDE)),
         ("rows.jsonl", "\n".join(json.dumps({"n": "1", "text": text}) for text in TIDE)),
     ],
 )
 def test_files_fill_the_box(open_page, tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
     page = open_page()
-    page.get_by_text("Documents from a file").click()
+    page.get_by_text("Documents from files").click()
     page.locator("#from-file input[type=file]").set_input_files(tmp_path / name)
-    expect(page.locator("#from-file")).to_contain_text("3 documents are now in the box")
+    expect(page.locator("#from-file")).to_contain_text("3 documents in the box above")
     page.locator("#query textarea, #query input").first.fill("Why does the tide rise?")
     page.locator("#rank").click()
     expect(page.locator("#results .q-row")).to_have_count(3)
@@ -110,7 +123,7 @@ def test_files_fill_the_box(open_page, tmp_path, name, content):
 def test_a_column_of_a_table_is_chosen(open_page, tmp_path):
     (tmp_path / "t.csv").write_text("name,story\nA long name of a thing indeed,short\nAnother long name,brief\n")
     page = open_page()
-    page.get_by_text("Documents from a file").click()
+    page.get_by_text("Documents from files").click()
     page.locator("#from-file input[type=file]").set_input_files(tmp_path / "t.csv")
     box = page.locator("#documents textarea")
     expect(box).to_have_value("A long name of a thing indeed\nAnother long name")
@@ -145,8 +158,12 @@ def test_evaluate_draws_before_and_after(open_page, tmp_path):
     page.locator("#evaluate").click()
     expect(page.locator("#outcome .q-big")).to_have_count(2)
     expect(page.locator("#outcome .q-dumbbells li")).to_have_count(1)
+    expect(page.locator("#outcome .q-gain")).to_contain_text("points of nDCG@10")
     page.locator("#evaluate-examples").click()
     expect(page.locator("#outcome .q-dumbbells li")).to_have_count(12)
+    # What the page's own examples gain is no measurement.
+    expect(page.locator("#outcome")).to_contain_text("not a measurement")
+    assert page.locator("#outcome .q-gain").count() == 0
     pack(path, beir(corpus=b" " * 100_000_000))
     page.locator("#judged-file").get_by_label("Clear").first.click()
     page.locator("#judged-file input[type=file]").set_input_files(path)
@@ -159,7 +176,7 @@ def test_adapt_shows_the_command(open_page):
     page = open_page()
     tab(page, "Adapt")
     expect(page.get_by_text("--budget-minutes").first).to_be_visible()
-    expect(page.get_by_text("has not enabled adapting")).to_be_visible()
+    expect(page.get_by_text("QUERIT_SPACE_ADAPT_MINUTES=10 querit demo")).to_be_visible()
 
 
 def test_a_link_opens_the_same_ranking(open_page):
@@ -216,27 +233,30 @@ def test_a_crash_leaves_the_page_working(open_page, monkeypatch):
         patch.setattr(ranking, "rank", crash)
         fill(page, "tide", TIDE)
         page.locator("#rank").click()
-        expect(page.locator("#results [role=alert]")).to_contain_text("failed on our side")
+        expect(page.locator("#results [role=alert]")).to_contain_text("went wrong on our side")
         assert "secret" not in page.content()
     rank(page)
 
 
 def test_hostile_text_is_shown_as_text(open_page):
     page = open_page()
-    lines = [" ".join(text.split()) for text in HOSTILE if "\ud800" not in text]
+    lines = [" ".join(text.split()) + " It rises. And it falls." for text in HOSTILE if "\ud800" not in text]
     rank(page, "<script>window.hacked = 1</script> ${window.hacked=1}", lines)
     shown = texts(page)
-    assert "<script>window.hacked = 1</script>" in shown and any("${window.hacked = 1}" in text for text in shown)
+    assert "<script>window.hacked = 1</script> It rises. And it falls." in shown
+    assert any("${window.hacked = 1}" in text for text in shown)
     assert any("{{constructor" in text for text in shown) and any("␀" in text and "␛" in text for text in shown)
     assert any(text.startswith("xxx") and text.endswith("…") for text in shown)
-    for place in (1, 2, 3):
-        page.get_by_role("button", name=f"Why place {place}", exact=True).click()
+    whys = page.locator("#results .q-why").count()
+    assert whys == len(lines)
+    for number in range(whys):
+        page.locator("#results .q-why").nth(number).click()
         expect(page.locator("#results .q-explain")).to_have_count(1)
-        expect(page.locator(f"#results .q-row:nth-child({place}) .q-explain")).to_have_count(1)
+        expect(page.locator("#results .q-row.q-open .q-why")).to_have_text("Hide")
     tab(page, "Compare")
     expect(page.locator("#side-by-side .q-cell")).to_have_count(2 * len(lines))
     assert page.evaluate("window.hacked") is None
-    assert page.evaluate("document.querySelectorAll('.q script, .q img, .q svg, .q style, .q a').length") == 0
+    assert page.evaluate("document.querySelectorAll('.q script, .q img, .q svg, .q style').length") == 0
 
 
 def test_right_to_left_text_runs_so(open_page):
@@ -253,9 +273,10 @@ def test_nothing_is_wider_than_the_screen(open_page, width):
     for name, count in (("English → seven languages", 7), ("A long document", 4)):
         page.get_by_role("button", name=name, exact=True).click()
         expect(page.locator("#results .q-row")).to_have_count(count)
-        page.locator("#results .q-why").first.click()
-        expect(page.locator("#results .q-explain")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#results .q-why").first.click()
+    expect(page.locator("#results .q-explain")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     rank(page, "w" * 300, ["x" * 500, "short"])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("Compare", "Share", "Evaluate", "Adapt", "About"):
@@ -290,6 +311,54 @@ def test_axe_finds_no_fault_in_what_we_show(open_page, dark):
     assert faults() == []
 
 
+def test_on_a_phone_the_page_goes_to_the_first_result(open_page):
+    page = open_page(390, 844)
+    rank(page, documents=[f"{text} {number}" for number in range(4) for text in TIDE])
+    first = page.locator("#results .q-row").first
+    expect(first).to_be_in_viewport(ratio=0.9)
+    assert first.bounding_box()["y"] < 300
+    # gradio's footer has one link there, and nothing beside it.
+    assert page.locator("footer").inner_text().strip() == "Settings"
+
+
+def test_another_file_clears_the_ranking_of_the_last(open_page, tmp_path):
+    page = open_page()
+    rank(page)
+    tab(page, "Share")
+    expect(page.locator("#link input, #link textarea").first).to_have_value(re.compile("#r="))
+    (tmp_path / "other.txt").write_text("Salt is mined.\nSalt is dried.", encoding="utf-8")
+    page.get_by_text("Documents from files").click()
+    page.locator("#from-file input[type=file]").set_input_files(tmp_path / "other.txt")
+    expect(page.locator("#documents textarea")).to_have_value("Salt is mined.\nSalt is dried.")
+    expect(page.locator("#link input, #link textarea").first).to_have_value("")
+    expect(page.locator("#csv")).to_be_disabled()
+    tab(page, "Ranking")
+    expect(page.locator("#results .q-empty")).to_be_visible()
+    assert page.locator("#results .q-row").count() == 0
+
+
+def test_an_instruction_is_offered_to_models_that_take_one(open_page):
+    page = open_page()
+    page.get_by_text("Options", exact=True).click()
+    expect(page.locator("#reading")).to_be_visible()
+    instruction = page.locator("#instruction")
+    expect(instruction).to_be_hidden()
+    for name, offered in (("Causal", True), ("Tiny", False)):
+        page.locator("#model input").click()
+        page.get_by_role("option", name=name).click()
+        expect(instruction).to_be_visible(visible=offered)
+
+
+def test_about_says_what_the_model_scores_and_where_its_card_is(open_page):
+    page = open_page()
+    tab(page, "About")
+    about = page.locator(".q-about")
+    for name, score in measured().systems:
+        expect(about.locator(".q-scores tr", has_text=name).locator("td")).to_have_text(f"{score:.1f}")
+    card = about.get_by_role("link", name="The card of Nano")
+    expect(card).to_have_attribute("href", f"https://huggingface.co/{HUB_ID}")
+
+
 def test_dark_is_dark(open_page):
     def lightness(page):
         return page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
@@ -316,14 +385,17 @@ def test_the_queue_shows_its_place_and_stop_frees_the_worker(open_page, site, mo
     fill(page, "Why does the tide rise?", [f"text {n}" for n in range(200)])
     page.locator("#rank").click()
     expect(page.locator("#results").locator("xpath=..")).to_contain_text(re.compile(r"queue: \d"))
+    expect(page.locator("#stop")).to_be_enabled()
     for job in jobs:
         job.cancel()
     expect(page.locator("#results [role=progressbar]")).to_be_visible()
     page.locator("#stop").click()
     expect(page.locator("#results")).to_contain_text("Stopped.")
+    expect(page.locator("#stop")).to_be_disabled()
     page.wait_for_timeout(600)
     stopped = len(scored)
     page.wait_for_timeout(600)
     assert len(scored) == stopped
     monkeypatch.undo()
     rank(page)
+    expect(page.locator("#stop")).to_be_disabled()

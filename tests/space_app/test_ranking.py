@@ -5,9 +5,9 @@ import time
 import pytest
 
 from modeling_querit.pipeline_querit import TextRankingPipeline
+from querit import bm25
 from space_app import ranking
 from space_app.evaluation import examples
-from space_app.first_stage import FirstStage, best_first
 from space_app.limits import Limits, RefusedError
 from space_app.ranking import BM25, compare, explain, first_stage_beside, make_request, rank, split_sentences
 
@@ -33,11 +33,14 @@ def asked(models, limits):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"instruction": "Find proofs."}, {"long_documents": "max_passage"}])
-def test_a_ranking_is_the_pipelines(models, limits, asked, options):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Tiny", {}), ("Causal", {"instruction": "Find proofs."}), ("Tiny", {"long_documents": "max_passage"})],
+)
+def test_a_ranking_is_the_pipelines(models, limits, asked, name, options):
     documents = [*DOCUMENTS, "word " * 900 + "The tide rises at noon."]
-    found, shares = finish(rank(models, limits, asked(documents=documents, model="Tiny", **options)))
-    expected = models.ranker("Tiny")(QUERY, documents, **options)
+    found, shares = finish(rank(models, limits, asked(documents=documents, model=name, **options)))
+    expected = models.ranker(name)(QUERY, documents, **options)
     assert [result.index for result in found.results] == [row["index"] for row in expected]
     assert [result.score for result in found.results] == pytest.approx([row["score"] for row in expected], abs=1e-4)
     assert [result.truncated for result in found.results] == [row["truncated"] for row in expected]
@@ -49,17 +52,17 @@ def test_a_ranking_is_the_pipelines(models, limits, asked, options):
 def test_places_before_are_those_of_bm25(models, limits, asked):
     documents = ["Nothing of it here.", "The tide comes, the tide goes.", "A tide.", "Nothing either."]
     found, _ = finish(rank(models, limits, asked("tide", documents, model="Nano")))
-    scores = FirstStage(models.ranker("Nano").tokenizer, documents).scores("tide")
+    scores = bm25.BM25(models.ranker("Nano").tokenizer, documents).scores("tide")
     assert scores[1] > 0 and scores[2] > 0 and scores[0] == scores[3] == 0
     # Those without a word of the query keep the order given.
-    assert found.first_stage[2:] == [0, 3] == [i for i in best_first(scores) if scores[i] == 0]
+    assert found.first_stage[2:] == [0, 3] == [i for i in bm25.best_first(scores) if scores[i] == 0]
     assert {result.index: result.before for result in found.results}[3] == 4
 
 
 def test_bm25_finds_words_of_languages_without_blanks(models):
     tokenizer = models.ranker("Nano").tokenizer
     for query, documents in (("潮汐", ["面包和黄油", "月亮引起潮汐"]), ("満潮", ["パンとバター", "今日の満潮は正午"])):
-        scores = FirstStage(tokenizer, documents).scores(query)
+        scores = bm25.BM25(tokenizer, documents).scores(query)
         assert scores[1] > scores[0]
 
 
@@ -116,7 +119,7 @@ def test_time_is_limited(models, asked):
         ({"instruction": "x" * 1001}, "1,001 characters"),
         ({"instruction": ["x"]}, "instruction must be text"),
         ({"long_documents": "all"}, "truncate, max_passage"),
-        ({"model": "evil/repo"}, "no such model here; choose one of Nano, Tiny"),
+        ({"model": "evil/repo"}, "no such model here; choose one of Nano, Causal, Tiny"),
         ({"model": {"a": 1}}, "no such model"),
     ],
 )
@@ -126,7 +129,7 @@ def test_what_is_over_a_limit_or_of_another_kind_is_refused_in_words(asked, give
 
 
 def test_lone_surrogates_become_characters_that_can_be_sent(models, limits, asked):
-    request = asked("ti\ud800de", ["a\udfff"], instruction="\ud801")
+    request = asked("ti\ud800de", ["a\udfff"], instruction="\ud801", model="Causal")
     assert (request.query, request.documents, request.instruction) == ("ti\ufffdde", ["a\ufffd"], "\ufffd")
 
 
@@ -147,7 +150,7 @@ def test_an_explanation_of_a_long_document_is_of_the_passage_that_counted(models
     found, _ = finish(explain(models, limits, request, 0))
     document = example["documents"][0]
     (row,) = models.ranker("Nano")(example["query"], [document], long_documents="max_passage")
-    assert (found.start, found.end) == row["passage"] and found.windows > 2
+    assert (found.start, found.end) == row["passage"] and found.windows > 1
     assert all(text in document[found.start : found.end] for text, _ in found.sentences)
     assert "fog horn" in found.sentences[found.best][0]
     cut = make_request(models, limits, example["query"], example["documents"], None, "truncate", "Nano")

@@ -7,19 +7,19 @@ import json
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import querit
+from querit import HUB_ID
 from space_app.limits import Limits, RefusedError
 from space_app.models import Models
 from space_app.ranking import Request, make_request, rank
 from space_app.share import as_csv, as_json, as_python, pack, unpack_link
 from tests.space_app.test_ranking import DOCUMENTS, QUERY, finish
 
-ROOT = Path(__file__).parents[2]
 LIMITS = Limits()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -73,7 +73,7 @@ def test_what_is_too_long_for_a_link_is_said():
 @pytest.fixture(scope="module")
 def ranked(models):
     documents = [*DOCUMENTS, "=1+1", "line\nbreak, \"quoted\" '''and''' \\ slashed {braces}"]
-    request = make_request(models, LIMITS, QUERY, documents, "Find facts.", model="Nano")
+    request = make_request(models, LIMITS, QUERY, documents, "Find facts.", model="Causal")
     return finish(rank(models, LIMITS, request))[0]
 
 
@@ -96,7 +96,6 @@ def test_the_lines_of_python_give_the_same_result(models, ranked, tmp_path, long
         (tmp_path / "ranking.json").write_text(as_json(ranked), encoding="utf-8")
     code = as_python(ranked, models)
     assert ("json.load" in code) == long and code.count("\n") < 16
-    code = code.replace("'hub_card/", f"'{ROOT}/hub_card/")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     found = run.stdout
     for result in ranked.results:
@@ -106,9 +105,10 @@ def test_the_lines_of_python_give_the_same_result(models, ranked, tmp_path, long
         found = found.removeprefix(text)
 
 
-def test_a_hub_model_is_named_with_its_commit_and_a_foreign_folder_not_at_all(tmp_path):
+def test_a_model_is_named_so_that_the_lines_run_and_a_folder_to_its_owner_alone(tmp_path):
     (tmp_path / "secret").mkdir()
-    models = Models({"hub": "org/name@abc", "own": str(tmp_path / "secret"), "nano": str(ROOT / "hub_card")})
-    assert models.python_arguments("hub") == "'org/name', revision='abc'"
-    assert models.python_arguments("own") == "'path/to/secret'"
-    assert models.python_arguments("nano") == "'hub_card'"
+    sources = {"hub": "org/name@abc", "own": str(tmp_path / "secret"), "nano": str(querit.RELEASED)}
+    visited, at_home = Models(sources), Models(sources, at_home=True)
+    assert visited.python_arguments("hub") == at_home.python_arguments("hub") == "'org/name', revision='abc'"
+    assert visited.python_arguments("own") == "'path/to/secret'" and visited.python_arguments("nano") == repr(HUB_ID)
+    assert at_home.python_arguments("own") == repr(str(tmp_path / "secret"))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from space_app import views
 from space_app.evaluation import Evaluation, QueryOutcome
 from space_app.limits import Limits
+from space_app.measured import Measured
 from space_app.ranking import Explanation, Ranking, Request, Result, first_stage_beside
 
 HOSTILE = [
@@ -48,7 +49,7 @@ class Reader(HTMLParser):
 def pages(texts):
     name = texts[-1][:60]
     request = Request(texts[0], texts, None, "truncate", name)
-    results = [Result(n, n + 1, len(texts) - n, 0.5, 0.75, True, None) for n in range(len(texts))]
+    results = [Result(n, n + 1, len(texts) - n, 0.5, 0.75, True, None, True) for n in range(len(texts))]
     ranked = Ranking(request, results, list(range(len(texts)))[::-1], 0.1)
     explained = Explanation(0, 0, len(texts[0]), 1, [(text, 0.5) for text in texts], 0, 2)
     outcomes = [QueryOutcome(text, 0.5, 1.0) for text in texts]
@@ -58,7 +59,7 @@ def pages(texts):
         views.evaluation(Evaluation(name, 0.5, 0.6, outcomes, 9, 9, 9, 0.5)),
         views.progress(0.5, texts[0]),
         views.refused(texts[0]),
-        views.about(Limits(), [name]),
+        views.about(Limits(), [name], [(name, "https://huggingface.co/org/name")], Measured([(name, 50.0)], 1, 1, 1)),
     ]
 
 
@@ -86,7 +87,8 @@ def test_what_cannot_be_seen_is_shown_by_its_sign():
 
 
 @pytest.mark.parametrize(
-    ("probability", "shown"), [(0, "<0.1"), (0.0004, "<0.1"), (0.123, "12.3"), (0.9994, "99.9"), (0.99999, ">99.9")]
+    ("probability", "shown"),
+    [(0, "<1%"), (0.004, "<1%"), (0.006, "1%"), (0.123, "12%"), (0.994, "99%"), (0.9999, ">99%")],
 )
 def test_no_probability_is_shown_as_certain(probability, shown):
     assert views.percent(probability) == shown

@@ -1,0 +1,3 @@
+from querit.cli import app
+
+app()

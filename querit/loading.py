@@ -1,0 +1,81 @@
+"""A model's name becomes a ranker: the one place that assembles model, tokenizer and pipeline."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+HUB_ID = "querit/querit-reranker-nano"
+RELEASED = Path(__file__).parents[1] / "hub_card" / "querit-reranker-nano"
+
+
+def named(model: str | None) -> str:
+    """The folder or Hub repo that a name stands for; the released Nano's own name, or none, is Nano."""
+    if model is None or (model == RELEASED.name and not Path(model).exists()):
+        return str(RELEASED) if RELEASED.exists() else HUB_ID
+    return model
+
+
+def check_exists(name: str) -> None:
+    """FileNotFoundError for a path that is not there. NAMESPACE/NAME may be a Hub repo, which is not asked for here."""
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"{name} does not exist: it is neither a folder here nor the name of a Hub repo (namespace/name)."
+        )
+
+
+def folder_of(source: str, revision: str | None = None) -> Path:
+    """A model's folder: the one named, or that of the Hub repo named, downloaded. Raises what `load` does."""
+    from querit.download import download
+
+    if Path(source).exists():
+        return Path(source)
+    check_exists(source)
+    try:
+        return download(source, revision)
+    except OSError as error:
+        raise OSError(f"There is no folder {source} here, and as a Hub repo: {error}") from None
+
+
+def load(
+    source: str | Path | None = None,
+    revision: str | None = None,
+    *,
+    device: str | None = None,
+    devices: Sequence[str] | None = None,
+    dtype: str = "auto",
+):
+    """The text-ranking pipeline over a folder, Hub repo or .onnx file. It runs the code installed here, no remote code.
+
+    Args:
+        source: the released Nano if None.
+        revision: commit of a Hub repo.
+        device: where it computes; the pipeline's own choice if None. Not with `devices`.
+        devices: devices that share the work, a process each.
+        dtype: of the weights, as in transformers.
+
+    Raises ValueError for what is no Querit reranker, OSError for what cannot be read or reached.
+    """
+    from transformers import AutoTokenizer
+
+    from hub_card.convert import check_weight_files
+    from hub_card.from_sentence_transformers import check_one_head
+    from modeling_querit.modeling_querit import QueritForSequenceClassification
+    from modeling_querit.pipeline_querit import TextRankingPipeline
+    from querit.devices import DevicesPipeline
+
+    if device and devices:
+        raise ValueError("devices takes the place of device: give only one of them.")
+    source = named(None if source is None else str(source))
+    if source.endswith(".onnx"):
+        if devices:
+            raise ValueError("devices are not for .onnx files, which use every core by themselves.")
+        from hub_card.exported_onnx import load_onnx_ranker
+
+        return load_onnx_ranker(source)
+    folder = folder_of(source, revision)
+    check_weight_files(folder)
+    check_one_head(folder)
+    model = QueritForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if devices is not None:
+        return DevicesPipeline(folder, model, tokenizer, devices, dtype)
+    return TextRankingPipeline(model, tokenizer=tokenizer, device=device, dtype=dtype)

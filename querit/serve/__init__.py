@@ -1,0 +1,1 @@
+"""`querit serve`: the rerank APIs that existing clients speak, over one ranker. See README.md here."""

@@ -1,0 +1,65 @@
+"""A process that serves until it is told to stop; then it answers what it took."""
+
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from querit.serve.admission import Limits
+from querit.serve.app import create_app
+
+KEYS = "QUERIT_API_KEYS"  # with commas or blanks between them
+
+logger = logging.getLogger("querit.serve")
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and where."""
+
+    def __init__(self, config: uvicorn.Config, name: str):
+        super().__init__(config)
+        self.name = name
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            logger.info("Ready: %s on http://%s:%s (its pages: /docs)", self.name, host, port)
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """The keys of a file, one a line, `#` before comments, or of the environment. Raises ValueError for an empty file.
+
+    They are never given on the command line, which other users of the machine can read.
+    """
+    if file is None:
+        return os.environ.get(KEYS, "").replace(",", " ").split()
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"{file} has no key. Put one a line, or leave --api-keys out to ask for none.")
+    return keys
+
+
+def serve(ranker: Any, name: str, host: str, port: int, limits: Limits, keys: list[str]) -> None:
+    """Serve until SIGINT or SIGTERM. Port 0 takes a free one, told in the log."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("Whoever reaches %s may use it: no API keys are set (--api-keys or %s).", host, KEYS)
+    ranker("warm up", ["The first time takes longest."])  # and starts the processes of several devices
+    config = uvicorn.Config(
+        create_app(ranker, name, limits, keys),
+        host=host,
+        port=port,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(limits.seconds) + 1,
+    )
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again, when all is answered
+        Server(config, name).run()

@@ -1,0 +1,80 @@
+"""Reading BEIR folders: `corpus.jsonl`, `queries.jsonl` (either may be gzipped) and `qrels/<split>.tsv`."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from querit.text import as_text, is_litter, joined, read_json_lines
+
+# What every row must say.
+KEYS = {"corpus": ("_id", "text"), "queries": ("_id", "text"), "top_ranked": ("query-id", "corpus-ids")}
+TEXTS = ("_id", "title", "text", "query-id")  # of these, numbers become their text
+JUDGED = ("query-id", "corpus-id", "score")
+
+
+def read_jsonl(folder: str | Path, name: str) -> Iterator[dict]:
+    """Rows of `<folder>/<name>.jsonl` or `.jsonl.gz`. ValueError for one that lacks its id or its text."""
+    path = Path(folder) / f"{name}.jsonl"
+    packed = Path(f"{path}.gz")
+    if not path.parent.exists():
+        raise FileNotFoundError(f"{folder} does not exist.")
+    if not path.exists() and not packed.exists():
+        raise FileNotFoundError(f"{folder} is no BEIR folder: it has neither {name}.jsonl nor {name}.jsonl.gz.")
+    path = path if path.exists() else packed
+    for number, row in read_json_lines(path):
+        for key in KEYS[name]:
+            if not isinstance(row, dict) or row.get(key) is None:
+                raise ValueError(f"{path}:{number}: no text under `{key}`; every row needs one.")
+        yield row | {key: as_text(row[key], f"{path}:{number}", key) for key in TEXTS if key in row}
+
+
+def read_corpus(folder: str | Path) -> dict[str, str]:
+    """Document id -> its title and text, joined as they are for a model that ranks them."""
+    return {row["_id"]: joined(row) for row in read_jsonl(folder, "corpus")}
+
+
+def read_queries(folder: str | Path) -> dict[str, str]:
+    return {row["_id"]: row["text"] for row in read_jsonl(folder, "queries")}
+
+
+def qrels_files(folder: str | Path) -> list[Path]:
+    """One a split. Other systems' files (`._test.tsv`) are none."""
+    return sorted(file for file in (Path(folder) / "qrels").glob("*.tsv") if not is_litter(file.name))
+
+
+def read_qrels(folder: str | Path, split: str | None = None) -> dict[str, dict[str, int]]:
+    """Query id -> {document id: relevance} of one split, or of the only one."""
+    files = [file for file in qrels_files(folder) if split in (None, file.stem)]
+    if len(files) != 1:
+        raise FileNotFoundError(f"{folder}/qrels has {[f.name for f in files]}; name the split to read.")
+    qrels: dict[str, dict[str, int]] = {}
+    with open(files[0], encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if missing := [name for name in JUDGED if name not in (rows.fieldnames or ())]:
+            raise ValueError(
+                f"{files[0]}: its first line must name the columns {', '.join(JUDGED)}, with tabs between; "
+                f"{', '.join(missing)} is not there."
+            )
+        for row in rows:
+            try:
+                qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{files[0]}:{rows.line_num}: the score is {row['score']!r}; it must be a whole number."
+                ) from None
+    return qrels
+
+
+def read_top_ranked(folder: str | Path) -> dict[str, list[str]] | None:
+    """Query id -> candidate ids where the folder lists them, else None."""
+    if not (Path(folder) / "top_ranked.jsonl").exists():
+        return None
+    rows = read_jsonl(folder, "top_ranked")
+    place = f"{folder}/top_ranked.jsonl"
+    return {row["query-id"]: [as_text(key, place, "corpus-ids") for key in row["corpus-ids"]] for row in rows}
+
+
+def read_texts(folder: str | Path) -> Iterator[str]:
+    """Every query and document of a folder, as running text."""
+    yield from read_queries(folder).values()
+    yield from read_corpus(folder).values()

@@ -1,0 +1,256 @@
+"""Choose the pieces of Nano's vocabulary, and write its tokenizer.
+
+    python -m recipes.vocabulary --config recipes/querit-nano/0_vocabulary.yaml
+
+The body of Nano is an English cross-encoder's, so its English pieces are that model's own. To them come the characters
+of the other languages, their most frequent whole words (a body that knows words is taught a word more easily than its
+fragments), and frequent parts of the words that have no piece. Frequencies are those of wordfreq's lists and of text.
+Scores favour few, long pieces: they grow with the logarithm of a piece's frequency, but little beside what a further
+piece costs. `vocabulary.json` says for each piece what it was taken for.
+"""
+
+import difflib
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from trl import TrlParser
+from wordfreq import top_n_list, word_frequency
+
+from querit.files import appears_whole, write_json
+from recipes.lib.data import read_corpus, read_queries
+from recipes.lib.parallel import read_parallel
+from recipes.lib.pieces import (
+    CJK,
+    HANGUL,
+    RARE,
+    SPECIAL,
+    START,
+    as_transformers,
+    from_wordpiece,
+    normalizer,
+    pre_tokenizer,
+    unigram,
+)
+from recipes.lib.records import already_made
+
+REPORT = "vocabulary.json"
+RANKED_ONLY = ("ko", "ja", "zh")  # wordfreq's words of these are cut by rules of its own: their order counts alone
+# What a piece of a language looks like; all others are taken to be written in Latin letters.
+SCRIPTS = {"ru": "[а-яё]", "ja": f"[{CJK}]", "zh": f"[{CJK}]", "ko": f"[{HANGUL}]"}
+CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
+
+
+@dataclass
+class VocabularyArguments:
+    teacher: str = field(metadata={"help": "Folder of a model with a WordPiece tokenizer, whose pieces are taken."})
+    output_dir: str = field(metadata={"help": "Folder to write; it appears only when complete."})
+    texts: dict[str, list[str]] = field(metadata={"help": "Language -> BEIR folders (no judged sets); English first."})
+    words: dict[str, int] = field(metadata={"help": "Language -> whole words to take."})
+    parts: dict[str, int] = field(metadata={"help": "Language -> parts of words to take."})
+    parallel: list[str] = field(default_factory=list, metadata={"help": "Files of recipes.lib.parallel, read as text."})
+    max_characters: int = field(default=4_000_000, metadata={"help": "Characters of text read per language."})
+    cjk_characters: int = field(default=4700, metadata={"help": "Chinese and Japanese characters to take."})
+    hangul_characters: int = field(default=1800, metadata={"help": "Korean syllables to take."})
+    hangul_starts: int = field(default=500, metadata={"help": "Korean syllables to take as starts of words, too."})
+    other_characters: int = field(default=9000, metadata={"help": "Most frequent characters to look for others in."})
+    text_weight: float = field(default=0.35, metadata={"help": "Weight of texts beside wordfreq in a word's share."})
+    piece_cost: float = field(default=6.0, metadata={"help": "What each further piece costs a way to cut a word."})
+    frequency_weight: float = field(default=0.35, metadata={"help": "Weight of log frequency in a piece's score."})
+    sample: int = field(default=3000, metadata={"help": "Texts per language that the pieces' frequency is counted in."})
+    seed: int = field(default=0, metadata={"help": "Seed of the texts' sample."})
+
+
+def read_language(language: str, args: VocabularyArguments) -> Iterator[str]:
+    for folder in args.texts[language]:
+        yield from read_corpus(folder).values()
+        yield from read_queries(folder).values()
+    for path in args.parallel:
+        yield from (translation[language] for translation in read_parallel(path) if translation.get(language))
+
+
+def first_texts(texts: Iterable[str], max_characters: int) -> list[str]:
+    read, kept = 0, []
+    for text in texts:
+        if read > max_characters:
+            break
+        read += len(text)
+        kept.append(text)
+    return kept
+
+
+def character_shares(counts: dict[str, Counter[str]], clean: Callable[[str], str]) -> Counter[str]:
+    """Character -> sum over languages of its share in texts and wordfreq's words."""
+    shares: Counter[str] = Counter()
+    for language, words in counts.items():
+        total = sum(words.values())
+        for word, count in words.items():
+            for character in word:
+                shares[character] += count / total  # type: ignore[assignment]  # a Counter of floats
+        for rank, word in enumerate(top_n_list(language, 40_000)):
+            ranked = language in RANKED_ONLY
+            frequency = 1 / (rank + 10) if ranked else word_frequency(word, language, minimum=1e-8)
+            for character in clean(word):
+                shares[character] += 0.3 * frequency  # type: ignore[assignment]
+    return shares
+
+
+def character_pieces(shares: Counter[str], args: VocabularyArguments) -> Iterator[str]:
+    ordered = [character for character, _ in shares.most_common()]
+    cjk = [character for character in ordered if re.match(f"[{CJK}]", character)]
+    hangul = [character for character in ordered if re.match(f"[{HANGUL}]", character)]
+    yield from cjk[: args.cjk_characters]
+    yield from hangul[: args.hangul_characters]
+    yield from (START + character for character in hangul[: args.hangul_starts])
+    for character in CYRILLIC:
+        yield from (character, START + character)
+    for character in ordered[: args.other_characters]:
+        if not re.match(f"[{CJK}{HANGUL}{START}]", character):
+            if character.strip():
+                yield START + character
+            if character.isalpha():
+                yield character
+
+
+def word_pieces(language: str, counts: Counter[str], cut: Callable[[str], list[str]], text_weight: float) -> list[str]:
+    """Whole words of a language as pieces, most frequent first. `cut` is the way from a text to its words."""
+    scores: Counter[str] = Counter()
+    if language in RANKED_ONLY:
+        for rank, word in enumerate(top_n_list(language, 30_000)):
+            (piece, *more) = cut(word) or [""]
+            if not more and re.fullmatch(f"{START}?[{CJK}{HANGUL}]{{2,}}", piece):
+                scores.setdefault(piece, 1 / (rank + 10))  # type: ignore[arg-type]
+    else:
+        total = sum(counts.values())
+        for word, count in counts.items():
+            scores[word] += text_weight * count / total  # type: ignore[assignment]
+        for word in top_n_list(language, 60_000):
+            for piece in cut(word):
+                scores[piece] += (1 - text_weight) * word_frequency(word, language)  # type: ignore[assignment]
+        letters = SCRIPTS.get(language, r"\w")
+        shape = re.compile(f"{START}{letters}{{2,}}")
+        scores = Counter({w: s for w, s in scores.items() if shape.fullmatch(w) and w[1:].isalpha()})
+    return sorted(scores, key=lambda piece: (-scores[piece], piece))
+
+
+def part_pieces(language: str, words: Counter[str]) -> list[str]:
+    """Parts of words, by how many characters they would save: beginnings and endings, or any where `▁` is not written.
+
+    `words` are those that have no piece of their own, with their counts.
+    """
+    letters = SCRIPTS.get(language, "[a-zß]")
+    saved: Counter[str] = Counter()
+    for word, count in Counter({w: c for w, c in words.items() if re.search(letters, w)}).most_common(60_000):
+        body = word.strip(START)
+        if word.startswith(START):
+            for size in range(2, 5 if language == "ko" else 8):
+                if len(body) > size:
+                    saved[body[-size:]] += count * (size - 1)
+                    if language == "ko" or size > 3:
+                        saved[START + body[:size]] += count * (size - 1)
+        else:
+            for size in (2, 3):
+                for start in range(len(body) - size + 1):
+                    saved[body[start : start + size]] += count * (size - 1)
+    ordered = sorted(saved.items(), key=lambda item: -item[1])
+    return [piece for piece, _ in ordered if len(piece.strip(START)) > 1]
+
+
+def choose_pieces(teacher: Tokenizer, counts: dict[str, Counter[str]], args: VocabularyArguments) -> dict[str, str]:
+    """Piece -> what it was taken for, in the order of ids: special, english, blank, character, a language, its parts.
+
+    `counts` are the words of each language's texts.
+    """
+    kinds = dict.fromkeys(SPECIAL.values(), "special")
+    clean, words = normalizer().normalize_str, word_cutter()
+
+    def add(pieces: Iterable[str], kind: str, most: int | None = None) -> None:
+        added = 0
+        for piece in pieces:
+            if added == most:
+                return
+            if piece and piece not in kinds:
+                kinds[piece] = kind
+                added += 1
+
+    ids = teacher.get_vocab()
+    add(filter(None, map(from_wordpiece, sorted(ids, key=ids.__getitem__))), "english")
+    add([START], "blank")
+    foreign = {language: found for language, found in counts.items() if language != "en"}
+    add(character_pieces(character_shares(foreign, clean), args), "character")
+    for language, most in args.words.items():
+        add(word_pieces(language, counts[language], words, args.text_weight), language, most)
+        rest = Counter({word: count for word, count in counts[language].items() if word not in kinds})
+        add(part_pieces(language, rest), f"{language}-part", args.parts[language])
+    return kinds
+
+
+def word_cutter() -> Callable[[str], list[str]]:
+    normalize, split = normalizer(), pre_tokenizer()
+    return lambda text: [word for word, _ in split.pre_tokenize_str(normalize.normalize_str(text))]
+
+
+def score_pieces(pieces: Iterable[str], texts: list[str], args: VocabularyArguments) -> Tokenizer:
+    """The tokenizer, its scores from the pieces' counts in texts that are cut, twice, with the scores so far."""
+    scores = dict.fromkeys(pieces, -10.0)
+    for _ in range(2):
+        found: Counter[str] = Counter()
+        for encoding in unigram(scores).encode_batch(texts, add_special_tokens=False):
+            found.update(encoding.tokens)
+        total = sum(found.values())
+        for piece in scores:
+            log_share = math.log((found[piece] + 0.3) / total)
+            scores[piece] = -args.piece_cost + args.frequency_weight * log_share
+        scores |= dict.fromkeys(SPECIAL.values(), RARE) | {START: -2 * args.piece_cost}
+    return unigram(scores)
+
+
+def report(tokenizer: Tokenizer, teacher: Tokenizer, texts: dict[str, list[str]]) -> dict:
+    """Per language characters per token and the share of unknown ones; in English the share cut as the teacher does."""
+    lines = {}
+    for language, rows in texts.items():
+        cut = tokenizer.encode_batch(rows, add_special_tokens=False)
+        tokens = sum(len(encoding.ids) for encoding in cut)
+        unknown = sum(encoding.ids.count(1) for encoding in cut)
+        lines[language] = {"characters_per_token": sum(map(len, rows)) / tokens, "unknown": unknown / tokens}
+    same = total = 0
+    for text in texts.get("en", []):
+        ours = [token.removeprefix(START) for token in tokenizer.encode(text, add_special_tokens=False).tokens][:400]
+        theirs = [token.removeprefix("##") for token in teacher.encode(text, add_special_tokens=False).tokens][:400]
+        blocks = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+        same, total = same + sum(block.size for block in blocks), total + len(theirs)
+    return {"languages": lines, "english_as_the_teacher": same / max(total, 1)}
+
+
+def main(args: VocabularyArguments) -> None:
+    out = Path(args.output_dir)
+    if already_made(out, asdict(args), REPORT):
+        return
+    if missing := args.words.keys() - args.texts.keys() | args.words.keys() ^ args.parts.keys():
+        raise ValueError(f"words, parts and texts must name the same languages; {', '.join(sorted(missing))} are not.")
+    teacher = Tokenizer.from_file(str(Path(args.teacher) / "tokenizer.json"))
+    words, rng = word_cutter(), random.Random(args.seed)
+    counts, sample = {}, {}
+    for language in args.texts:
+        texts = first_texts(read_language(language, args), args.max_characters)
+        counts[language] = Counter(word for text in tqdm(texts, desc=language) for word in words(text))
+        sample[language] = rng.sample(texts, min(args.sample, len(texts)))
+    kinds = choose_pieces(teacher, counts, args)
+    tokenizer = score_pieces(kinds, [text for rows in sample.values() for text in rows], args)
+    found = report(tokenizer, teacher, {language: rows[:300] for language, rows in sample.items()})
+    with appears_whole(out) as folder:
+        as_transformers(tokenizer).save_pretrained(folder)
+        write_json(folder / REPORT, {"pieces": kinds, "report": found, "settings": asdict(args)})
+    print(f"{out}: {len(kinds):,} pieces {dict(Counter(kinds.values()))}\n{json.dumps(found, indent=1)}")
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser(VocabularyArguments).parse_args_and_config()  # type: ignore[arg-type]
+    main(arguments)

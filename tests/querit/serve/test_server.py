@@ -1,0 +1,75 @@
+"""`querit serve` as a process: it says when it is ready, and answers what it took before it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from querit.serve.server import read_keys
+from tests.models_for_tests import folder_of
+from tests.querit.serve.serving_for_tests import DOCUMENTS, QUERY
+
+
+@contextmanager
+def served(*options, **environment):
+    """(process, address) once it is ready."""
+    command = [sys.executable, "-m", "querit", "serve", str(folder_of("bert")), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if ready := re.search(r"Ready: bert on (http://\S+)", line):
+                yield process, ready[1]
+                return
+        raise AssertionError("".join(lines))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_answers_what_it_took_and_ends():
+    with served() as (process, address), httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        asked = {"query": QUERY, "documents": [f"{number} {DOCUMENTS[0]}" for number in range(1000)]}
+        answers = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/rerank", json=asked))) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        while "querit_in_flight 3.0" not in client.get("/metrics").text and not answers:
+            pass
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        assert all(len(answer.json()["results"]) == 1000 for answer in answers)
+        assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn raises it again, when all is answered
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUERIT_API_KEYS", "one, two\nthree")
+    assert read_keys(None) == ["one", "two", "three"]
+    monkeypatch.setenv("QUERIT_API_KEYS", "")
+    assert read_keys(None) == []
+    file = tmp_path / "keys"
+    file.write_text("# of the search team\nfour\n\n five \n")
+    assert read_keys(file) == ["four", "five"]
+    file.write_text("# none\n")
+    with pytest.raises(ValueError, match="has no key"):
+        read_keys(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["/nowhere/x.onnx"], "x.onnx"), (["--api-keys", "/nowhere/keys"], "/nowhere/keys")]
+)
+def test_a_start_that_fails_says_why_in_a_sentence(options, words):
+    command = [sys.executable, "-m", "querit", "serve", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and words in ended.stderr and "Traceback" not in ended.stderr
