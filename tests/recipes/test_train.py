@@ -114,7 +114,7 @@ def made(tmp_path_factory):
         subject, other, third = (SUBJECTS[(i + k * 5) % len(SUBJECTS)] for k in range(3))
         documents = [f"the {subject} is oiled", f"the {other} is dry", f"a {third} and a {other}"]
         rows.append({"query": f"how to keep a {subject}", "documents": documents, "labels": [1.0, 0.1, 0.0]})
-        rows[-1]["scores"] = [6.0, -2.0, -5.0]
+        rows[-1]["scores"] = [6.0, -4.0, -4.0]
     Dataset.from_list(rows).to_parquet(str(folder / "data.parquet"))
     return folder
 
@@ -138,7 +138,7 @@ def run(made, output, loss="kl", **changes):
 
 
 def test_the_teachers_logits_are_learnt_by_level(made, tmp_path):
-    out = run(made, tmp_path / "model", "distil", mse_weight=0.2, max_steps=80)
+    out = run(made, tmp_path / "model", "distil", mse_weight=0.2, max_steps=160)
     model = QueritForSequenceClassification.from_pretrained(out)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(out), 48)
     right, wrong = [], []
@@ -147,7 +147,7 @@ def test_the_teachers_logits_are_learnt_by_level(made, tmp_path):
         logits = score_pairs(model, pairs, 0).tolist()
         right.append(logits[0])
         wrong.append(logits[1])
-    assert sum(right) / len(right) == pytest.approx(6, abs=2) and sum(wrong) / len(wrong) == pytest.approx(-2, abs=2)
+    assert sum(right) / len(right) == pytest.approx(6, abs=2) and sum(wrong) / len(wrong) == pytest.approx(-4, abs=2)
 
 
 def test_words_have_a_learning_rate_of_their_own(made, tmp_path):
