@@ -60,10 +60,12 @@ def cell(row: dict) -> str:
 
 
 def noise() -> str:
-    """Where next to nothing is shared, the pipeline with and without sharing runs the same code."""
+    """Where next to nothing is shared, the pipeline runs the same code with and without sharing; "" without rows."""
     same = [
         row for row in read("scoring")["rows"] if (row["way"], row["work"]) == ("pipeline, no sharing", NOTHING_SHARED)
     ]
+    if not same:
+        return ""
     told = ", ".join(f"{row['pipeline_is_x_times']:.2f} x ({row['least']:.2f} to {row['most']:.2f})" for row in same)
     return (
         f"How far chance goes: on {NOTHING_SHARED} the pipeline shares next to nothing: it is the same code with "
@@ -80,14 +82,17 @@ def over_best(rows: list[dict], work: str) -> float:
 def mixture() -> str:
     """Time of the mixture by that of the dense model, for the same number of operations that useful tokens need.
 
-    Per operation, since of a slice of either not the same share is the wider first layer or attention.
+    Per operation, since of a slice of either not the same share is the wider first layer or attention. "" where either
+    was not measured.
     """
     shares = {
         (row["model"], row["work"]): row["share_of_limit"] * row["limit_gflops"]
         for row in read("scoring")["rows"]
         if row["way"] == "pipeline"
     }
-    works = [work for model, work in shares if model == "dense 0.4B"]
+    works = [work for model, work in shares if model == "dense 0.4B" and ("A0.4B", work) in shares]
+    if not works:
+        return ""
     told = ", ".join(f"{shares['dense 0.4B', work] / shares['A0.4B', work]:.2f} x on {work}" for work in works)
     return f"The mixture takes, beside the dense model of its active size, per useful operation: {told}."
 
@@ -148,7 +153,7 @@ def space() -> str:
 
 
 SECTIONS = [
-    ("Scoring", "scoring", lambda: "\n\n".join([scoring(), mixture(), noise()])),
+    ("Scoring", "scoring", lambda: "\n\n".join(filter(None, [scoring(), mixture(), noise()]))),
     ("As the work grows", "growth", growth),
     ("From the start to the first score", "loading", loading),
     ("Mining and scoring as the corpus grows", "corpus", corpus),

@@ -54,12 +54,12 @@ def plain_loop(folder: Path, dtype: torch.dtype, batch_size: int = 32) -> Run:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(pairs: list[tuple[str, str]]):
-        options = {"padding": True, "truncation": True, "return_tensors": "pt", "return_token_type_ids": False}
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
         if tokenizer.chat_template is None:
             return tokenizer(*map(list, zip(*pairs, strict=True)), **options)
         asked = [[{"role": "query", "content": q}, {"role": "document", "content": d}] for q, d in pairs]
         texts = tokenizer.apply_chat_template(asked, tokenize=False)
-        return tokenizer(texts, add_special_tokens=False, **options)
+        return tokenizer(texts, add_special_tokens=False, return_token_type_ids=False, **options)
 
     def run(requests: Requests) -> None:
         pairs = [(query, document) for query, documents in requests for document in documents]
