@@ -16,8 +16,8 @@ define install
 	grep -v "is ignored: it is" $(1)/pip.log | tail -n 20 >&2; exit 1; }
 endef
 # The tests whose results depend on the processor's instructions.
-COMPUTING := tests/modeling_querit $(wildcard tests/querit/fast tests/querit/test_loading.py) \
-	tests/hub_card/test_engines.py tests/hub_card/test_export.py tests/hub_card/test_export_onnx.py \
+COMPUTING := tests/modeling_querit tests/querit/test_devices.py tests/hub_card/test_engines.py \
+	tests/hub_card/test_export.py tests/hub_card/test_export_onnx.py tests/hub_card/test_nano.py \
 	tests/recipes/test_train.py
 
 .PHONY: demo test test-avx2 bench integrations clean

@@ -89,6 +89,7 @@ class CrosslingualArguments:
         default=4.3, metadata={"help": "Label of what is known to be relevant; minus this of the others."}
     )
     batch_size: int = field(default=16, metadata={"help": "Pairs per call of the teacher."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the teacher; bfloat16 where the CPU has it."})
     shard_size: int = field(default=256, metadata={"help": "Groups between points that a stopped run goes on from."})
     seed: int = field(default=0, metadata={"help": "Seed of every choice made here."})
 
@@ -144,8 +145,8 @@ def chosen_groups(builder: Builder, args: CrosslingualArguments) -> list[Group]:
 class Label:
     """The worker of `run_shards`: rows of GROUPS in, SCORED out; `scores` are logits, `labels` their sigmoid."""
 
-    def __init__(self, teacher: str, batch_size: int, known_logit: float):
-        self.model = CrossEncoder(teacher, model_kwargs={"dtype": torch.float32})
+    def __init__(self, teacher: str, batch_size: int, known_logit: float, dtype: str):
+        self.model = CrossEncoder(teacher, model_kwargs={"dtype": getattr(torch, dtype)})
         self.batch_size, self.known_logit = batch_size, known_logit
 
     def __call__(self, items: Rows) -> Rows:
@@ -189,8 +190,8 @@ def main(args: CrosslingualArguments) -> None:
         groups = chosen_groups(builder, args)
         write_items((as_row(group) for group in groups), items, GROUPS, args.shard_size)
         print(f"{len(groups):,} groups: {dict(Counter(group.kind for group in groups))}", flush=True)
-        worker = partial(Label, args.teacher, args.batch_size, args.known_logit)
-        settings = {"teacher": content_hash(args.teacher), "known_logit": args.known_logit}
+        worker = partial(Label, args.teacher, args.batch_size, args.known_logit, args.dtype)
+        settings = {"teacher": content_hash(args.teacher), "known_logit": args.known_logit, "dtype": args.dtype}
         run_shards(worker, items, work / "scored", SCORED, settings, description="teacher's logits")
         gather([work / "scored"], work / "cache", output, asdict(args))
     shutil.rmtree(work, ignore_errors=True)

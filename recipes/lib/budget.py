@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Seconds that models take to load and steps to begin, whatever there is to do; measured on two cores.
+# Seconds that models are taken to need to load, and steps to begin, whatever there is to do.
 START = 40
 SPARE = 0.8  # share of the budget that is planned
 TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
