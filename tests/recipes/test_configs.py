@@ -147,12 +147,13 @@ def test_every_stage_of_a_recipe_has_its_command_and_its_time_in_the_readme(name
         assert target is None or re.search(rf"\b{target}\b", readme), path.stem
 
 
-def test_calibration_uses_queries_that_the_first_part_of_training_left_out():
+def test_calibration_uses_queries_that_training_left_out():
     nano = RECIPES / "querit-nano"
-    script, _ = parsed(nano / "1_general.yaml")
     (calibrate,) = parsed(nano / "5_merge_calibrate.yaml")
-    assert calibrate.data == script.train_data
-    assert calibrate.first_group >= script.max_groups
+    for name in ("1_general", "5_merge_general"):
+        script, _ = parsed(nano / f"{name}.yaml")
+        assert calibrate.data == script.train_data
+        assert calibrate.first_group >= script.max_groups
 
 
 @pytest.mark.parametrize(
