@@ -50,11 +50,16 @@ bench: $(VENV)/test-installed
 	$(VENV)/bin/python -m tests.bench.bench_serve --output tests/bench/results/serve.json
 	$(VENV)/bin/python -m tests.bench.report
 
-integrations:
-	@PYTHON=$(PYTHON) .ci/setup demo
+integrations: $(VENV)/test-installed
 	@[ -x .venv-integrations/bin/python ] || $(PYTHON) -m venv .venv-integrations
 	$(call install,.venv-integrations,-e ".[serve]" -r tests/integrations/requirements.txt)
-	.venv-integrations/bin/python -m pytest -o addopts= -q tests/integrations
+	.venv-integrations/bin/python -m pytest -o addopts= -q tests/integrations/test_clients.py
+	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm
+	$(call install,.venv-vllm,-r tests/integrations/requirements-vllm.txt)
+	@# They come with it and do not fit its torch.
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	PYTHON_OF_VLLM=.venv-vllm/bin/python $(PYTEST) -o addopts= -q tests/integrations/test_vllm.py \
+		tests/integrations/test_oldest_engines.py
 
 $(VENV)/demo-installed: pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) .ci/setup demo

@@ -177,6 +177,7 @@ def test_the_template_renders_the_published_prompt(kind, structured):
     # sentence-transformers puts its prompt, the instruction, in front as a system message
     words = tokenizer.apply_chat_template([message("system", "Find rules."), *pair], tokenize=False)
     assert words == "Find rules. Query:  when is  bin day?\n; Content: Bins: Monday.\n[CLS]"
+    assert tokenizer.apply_chat_template(pair, tokenize=False, instruction="Find rules.") == words  # as vLLM does
 
 
 def test_the_template_refuses_what_it_would_drop():

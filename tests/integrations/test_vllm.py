@@ -1,0 +1,182 @@
+"""vLLM's own server beside the pipeline: exports of the causal members, Nano as it is, and mass scoring.
+
+PYTHON_OF_VLLM is the python of an environment that holds vLLM; `make integrations` builds one. A server takes minutes
+to start. All run on the CPU in float32, where equal means equal.
+"""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import requests
+
+from hub_card.engines import installed_ranker
+from hub_card.export import export
+from hub_card.probes import PROBES
+from recipes.score import ScoreArguments, main
+from tests.models_for_tests import save_folder, tiny_model
+from tests.recipes.folders_for_tests import small_set, tiny_retriever
+from tests.recipes.test_shards import local_ray  # noqa: F401
+from tests.tokenizers_for_tests import CORPUS
+
+NANO = Path(__file__).parents[2] / "hub_card" / "querit-reranker-nano"
+# One thread and little memory for keys and values: a test is no bench.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
+SMALL = "--dtype float32 --enforce-eager --max-num-seqs 8"
+START = 900  # seconds
+# Sizes of attention that vLLM has kernels for: a head's, and DeepSeek's of the compressed keys and values (512 + 64).
+SHAPES = {
+    "qwen3": {"head_dim": 32},
+    "deepseek_v3": {"hidden_size": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_head_dim": 72},
+}
+
+
+def requests_of() -> dict[str, list[str]]:
+    """The probes, and 200 pairs of sentences cut anywhere."""
+    rng, asked = random.Random(0), dict(PROBES)
+
+    def text() -> str:
+        line = rng.choice(CORPUS)
+        start = rng.randrange(len(line) - 8)
+        return line[start : start + rng.randint(8, 200)].strip()
+
+    while len(asked) < len(PROBES) + 10:
+        asked[text()] = [text() for _ in range(20)]
+    return asked
+
+
+REQUESTS = requests_of()
+
+
+@contextmanager
+def serving(command: str, folder: Path, log: Path) -> Iterator[str]:
+    """The address of `vllm serve ...`, run in `folder`."""
+    python = os.environ.get("PYTHON_OF_VLLM")
+    assert python, "PYTHON_OF_VLLM is not set. `make integrations` sets it to that of an environment which it builds."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs: the command itself asks for the version of a package `vllm`, and this one is vllm-cpu.
+    served = command.replace("vllm serve", "-m vllm.entrypoints.openai.api_server --model")
+    words = [os.path.abspath(python), *shlex.split(f"{served} {SMALL} --host 127.0.0.1 --port {port}")]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            words, cwd=folder, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
+        while not healthy(address):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
+            time.sleep(1)
+        yield address
+    finally:
+        with suppress(ProcessLookupError):  # it failed to start
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def healthy(address: str) -> bool:
+    try:
+        return requests.get(f"{address}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def check(address: str, folder: Path, empty: bool = True) -> None:
+    """Equal probabilities by /score, and equal probabilities and order by /rerank. `empty`: of empty documents, too."""
+    ranker = installed_ranker(folder)
+    for query, texts in REQUESTS.items():
+        documents = [text for text in texts if text or empty]
+        ranked = ranker(query, documents)
+        expected = [row["probability"] for row in sorted(ranked, key=lambda row: row["index"])]
+        scored = post(f"{address}/score", queries=query, documents=documents)["data"]
+        assert [row["score"] for row in scored] == pytest.approx(expected, abs=1e-5)
+        found = post(f"{address}/rerank", query=query, documents=documents)["results"]
+        assert sorted(row["index"] for row in found) == list(range(len(documents)))
+        assert [row["relevance_score"] for row in found] == pytest.approx(
+            [row["probability"] for row in ranked], abs=1e-5
+        )
+        assert [row["relevance_score"] for row in found] == pytest.approx(
+            [expected[row["index"]] for row in found], abs=1e-5
+        )
+
+
+def post(url: str, **asked) -> dict:
+    answer = requests.post(url, json=asked, timeout=600)
+    assert answer.ok, answer.text
+    return answer.json()
+
+
+def command_of(readme: Path) -> str:
+    """The line that starts the server, as a README shows it."""
+    (command,) = re.findall(r"^vllm serve .*$", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    return command
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_an_export_is_served_with_the_models_probabilities(kind, tmp_path):
+    source = save_folder(tmp_path / "source", kind, tiny_model(kind, **SHAPES[kind]))
+    folder = export(source, tmp_path / "exported", "vllm")
+    with serving(command_of(folder / "README.md"), folder, tmp_path / "log") as address:
+        check(address, source)
+        for probe in json.loads((folder / "export.json").read_text(encoding="utf-8"))["probes"]:
+            (row,) = post(f"{address}/score", queries=probe["query"], documents=[probe["document"]])["data"]
+            assert row["score"] == pytest.approx(probe["probability"], abs=1e-5)
+        long = {"queries": "who won?", "documents": ["The home team won by two goals. " * 200]}
+        assert requests.post(f"{address}/score", json=long, timeout=600).status_code == 400
+        post(f"{address}/score", **long, max_tokens_per_doc=300)
+        (query, documents), instruction = next(iter(PROBES.items())), "Find what explains it."
+        found = post(f"{address}/rerank", query=query, documents=documents, instruction=instruction)["results"]
+        expected = installed_ranker(source)(query, documents, instruction=instruction)
+        assert [row["index"] for row in found] == [row["index"] for row in expected]
+        assert [row["relevance_score"] for row in found] == pytest.approx(
+            [row["probability"] for row in expected], abs=1e-5
+        )
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with serving("vllm serve querit-reranker-nano --runner pooling", NANO.parent, log) as address:
+        yield address
+
+
+def test_nano_is_served_as_it_is(nano):
+    # Called for one pair, as vLLM does, transformers' tokenizer takes an empty document for none.
+    check(nano, NANO, empty=False)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_mass_scoring_asks_it(nano, engine, tmp_path, request):
+    if engine == "ray":
+        request.getfixturevalue("local_ray")
+    output = tmp_path / "scored.parquet"
+    teacher = {"model": "querit-reranker-nano", "kind": "vllm", "url": nano}
+    main(
+        ScoreArguments(
+            output=str(output), targets={"care": {"folders": [str(small_set(tmp_path / "en"))], "crops": 4}},
+            teachers=[teacher], retriever=str(tiny_retriever(tmp_path / "retriever")), top_k=12, candidates=5,
+            shard_size=8, engine=engine, workers=2,
+        )
+    )  # fmt: skip
+    rows, ranker = pq.read_table(output).to_pylist(), installed_ranker(NANO)
+    assert len(rows) == 16 + 4
+    for row in rows:
+        ranked = sorted(ranker(row["query"], row["documents"]), key=lambda result: result["index"])
+        # The file holds four digits.
+        assert row["scores"] == pytest.approx([result["probability"] for result in ranked], abs=6e-5)
