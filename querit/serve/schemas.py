@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Discriminator, Field, StrictBool, Tag
 
 
 def without_lone_surrogates(value: Any) -> Any:
@@ -11,6 +11,14 @@ def without_lone_surrogates(value: Any) -> Any:
     return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else value
 
 
+def whole(value: Any) -> Any:
+    """To JSON 2.0 is a whole number too. `true` and "2", of which pydantic would make one, stay what they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Above 0, or from 0 on. Strict: `true` for a number, or "false" for a switch, is a client's fault, and is told.
+Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(whole)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0), BeforeValidator(whole)]
 Text = Annotated[str, BeforeValidator(without_lone_surrogates)]
 # A sign that is no blank to anyone: Python, Rust and JavaScript, which reads the schema, disagree about these.
 NOT_BLANK = r"[^\s\x1c-\x1f\x85\ufeff]"
@@ -41,9 +49,9 @@ class JinaRequest(Scoring):
 
     query: Query
     documents: Documents
-    top_n: int | None = Field(None, ge=0, description="Only the best so many; all if 0.")
-    return_documents: bool | None = None
-    max_tokens_per_doc: int | None = Field(None, ge=1)
+    top_n: CountOrZero | None = Field(None, description="Only the best so many; all if 0.")
+    return_documents: StrictBool | None = None
+    max_tokens_per_doc: Count | None = None
 
 
 class JinaResult(BaseModel):
@@ -68,8 +76,8 @@ class JinaAnswer(BaseModel):
 class CohereRequest(Scoring):
     query: Query
     documents: Documents
-    top_n: int | None = Field(None, ge=1)
-    max_tokens_per_doc: int | None = Field(None, ge=1)
+    top_n: Count | None = None
+    max_tokens_per_doc: Count | None = None
 
 
 class CohereResult(BaseModel):
@@ -88,9 +96,9 @@ class TeiRequest(Scoring):
 
     query: Query
     texts: list[Text] = Field(min_length=1)
-    raw_scores: bool = Field(False, description="Logits in place of probabilities.")
-    return_text: bool = False
-    truncate: bool | None = Field(None, description="If false, what does not fit is refused.")
+    raw_scores: StrictBool = Field(False, description="Logits in place of probabilities.")
+    return_text: StrictBool = False
+    truncate: StrictBool | None = Field(None, description="If false, what does not fit is refused.")
 
 
 class TeiResult(BaseModel):
@@ -115,7 +123,7 @@ class ScoreRequest(Scoring):
         validation_alias=AliasChoices("queries", "text_1", "data_1")
     )
     documents: Text | Documents = Field(validation_alias=AliasChoices("documents", "text_2", "data_2", "items"))
-    max_tokens_per_doc: int | None = Field(None, ge=1)
+    max_tokens_per_doc: Count | None = None
 
 
 class ScoreResult(BaseModel):

@@ -1,5 +1,6 @@
 """Each API's request and answer, over HTTP, beside what the pipeline says of the same texts."""
 
+import json
 import math
 
 import pytest
@@ -180,6 +181,26 @@ def test_another_content_type_is_refused_with_the_fix(client):
     for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}, {}):
         answer = client.post("/v1/rerank", content=body, headers=headers)
         assert answer.status_code == 422 and "application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("value", [True, "2", 1.5, [2], 1e400], ids=repr)
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank"])
+def test_what_is_no_whole_number_is_none(client, path, value):
+    for name in ("top_n", "max_tokens_per_doc"):
+        asked = json.dumps({"query": QUERY, "documents": DOCUMENTS, name: value})
+        answer = client.post(path, content=asked, headers={"Content-Type": "application/json"})
+        assert answer.status_code == ERRORS[path][0] and name in answer.text, answer.text
+    asked = {"query": QUERY, "documents": DOCUMENTS, "top_n": 2.0}  # to JSON it is one
+    assert len(client.post(path, json=asked).json()["results"]) == 2
+
+
+@pytest.mark.parametrize("value", ["false", "no", 0, 1.0])
+def test_only_true_and_false_are_switches(client, value):
+    for name in ("raw_scores", "return_text", "truncate"):
+        answer = client.post("/rerank", json={"query": QUERY, "texts": DOCUMENTS, name: value})
+        assert answer.status_code == 422 and name in answer.json()["error"]
+    answer = client.post("/rerank", json={"query": QUERY, "documents": DOCUMENTS, "return_documents": value})
+    assert answer.status_code == 422 and "return_documents" in answer.json()["detail"]
 
 
 def test_half_a_character_is_read_as_the_sign_for_it(client):
