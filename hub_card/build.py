@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, yaml_dump
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hub_card.convert import NO_LABELS, check_weight_files, write_json
+from hub_card.convert import NO_LABELS, check_weight_files, read_tokenizer, write_json
 from hub_card.from_sentence_transformers import load_checkpoint
 from hub_card.probes import write_probes
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
 from modeling_querit.modeling_querit import POOLER_MODEL_TYPE
-from querit.download import download
+from querit.loading import folder_of
 
 LICENSE = Path(__file__).with_name("templates") / "LICENSE"  # the repository's own, word for word
 SUMS, MERGE_RECORD, RESULTS_FOLDER = "SHA256SUMS", "merge.json", ".eval_results"
@@ -54,11 +54,14 @@ def build(
     else than a model, which would be lost.
     """
     folder = Path(folder)
-    source = Path(checkpoint) if Path(checkpoint).exists() else download(str(checkpoint), revision)
+    source = folder_of(str(checkpoint), revision)
     check_target(source, folder)
     check_weight_files(source)
+    tokenizer = read_tokenizer(source)
     model = load_checkpoint(source, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if max_length and positions and max_length > positions:
+        raise ValueError(f"max_length={max_length} is over the {positions} positions that the model has. Lower it.")
     tokenizer.model_max_length = max_length or tokenizer.model_max_length
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads by it

@@ -216,11 +216,30 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in revert_weight_conversion(model, model.state_dict()).items()}
 
 
-def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer. ValueError where its files are damaged, or are not all there.
+
+    Of fewer files transformers makes one that reads the same text otherwise, or knows no word, without saying so.
+    """
+    names = "tokenizer.json and tokenizer_config.json"
+    for name in names.split(" and "):
+        path = source / name
+        if path.is_file() and path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS: run `git lfs pull` in its repository, or `hf download`.")
+    if not (source / "tokenizer_config.json").is_file():
+        raise ValueError(f"{source} has no tokenizer_config.json, which says how text is read. Download {names}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{source} has no tokenizer that transformers loads ({error}). Download its files.") from error
+    except Exception as error:  # those of tokenizers have no class of their own
+        words = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+        raise ValueError(f"{source} has no tokenizer that can be read ({words}). Download {names}.") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"The tokenizer of {source} knows no word: its vocabulary is missing. Download {names}.")
+    return tokenizer
+
+
+def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:
+    tokenizer = read_tokenizer(source)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if CLS not in added:
         raise ValueError(

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
-from hub_card.convert import LEGAL_FILES, TOKENIZER_FILES, check_folders, read_headers, weight_files, write_json
+from hub_card.convert import (
+    LEGAL_FILES,
+    TOKENIZER_FILES,
+    check_folders,
+    read_headers,
+    read_tokenizer,
+    weight_files,
+    write_json,
+)
 from hub_card.probes import PROBES
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.pipeline_querit import TextRankingPipeline
@@ -35,6 +43,7 @@ def export(source: str | Path, output: str | Path, to: str) -> Path:
     check_folders(source, output)
     config = read_querit_config(source)
     read_headers(weight_files(source))  # tells damaged files, and pickles
+    read_tokenizer(source)
     if to == "vllm":
         from hub_card.export_vllm import write_vllm as write
     elif to == "onnx":
@@ -74,7 +83,7 @@ def load_for_export(source: Path) -> tuple[QueritForSequenceClassification, PreT
     """The model in float32, on the CPU, and its tokenizer."""
     # Eager attention: in an exported graph it is a few plain products, and the scores are those of any other.
     model = QueritForSequenceClassification.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    return model.eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return model.eval(), read_tokenizer(source)
 
 
 def encode_probes(

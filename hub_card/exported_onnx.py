@@ -4,9 +4,10 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hub_card.convert import read_tokenizer
 from modeling_querit.pipeline_querit import TextRankingPipeline
 
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
@@ -59,5 +60,5 @@ class OnnxReranker(torch.nn.Module):
 def load_onnx_ranker(file: str | Path) -> TextRankingPipeline:
     """The pipeline over `file`, with the tokenizer of its export."""
     model = OnnxReranker(file)
-    tokenizer = AutoTokenizer.from_pretrained(Path(file).parent.parent)
+    tokenizer = read_tokenizer(Path(file).parent.parent)
     return TextRankingPipeline(model, tokenizer=tokenizer, device="cpu")  # type: ignore[arg-type]

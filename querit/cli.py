@@ -397,7 +397,9 @@ def demo(
         list[str] | None, typer.Option(help="NAME=FOLDER or NAME=REPO@COMMIT; several to compare; Nano if not given.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; only this machine if not given.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; a free one from 7860 on if not given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; a free one from 7860 on if not given.")
+    ] = None,
 ) -> None:
     """Open the page: rank, explain, compare and measure in a browser."""
     try:

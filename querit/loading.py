@@ -27,6 +27,11 @@ def folder_of(source: str, revision: str | None = None) -> Path:
     from querit.download import download
 
     if Path(source).exists():
+        if revision:
+            raise ValueError(
+                f"{source} is here, on this machine, where nothing tells commits apart. Leave {revision} out, or name "
+                "the Hub repo from a folder in which nothing is called the same."
+            )
         return Path(source)
     check_exists(source)
     try:
@@ -54,9 +59,7 @@ def load(
 
     Raises ValueError for what is no Querit reranker, OSError for what cannot be read or reached.
     """
-    from transformers import AutoTokenizer
-
-    from hub_card.convert import check_weight_files
+    from hub_card.convert import check_weight_files, read_tokenizer
     from hub_card.from_sentence_transformers import check_one_head
     from modeling_querit.modeling_querit import QueritForSequenceClassification
     from modeling_querit.pipeline_querit import TextRankingPipeline
@@ -74,8 +77,8 @@ def load(
     folder = folder_of(source, revision)
     check_weight_files(folder)
     check_one_head(folder)
+    tokenizer = read_tokenizer(folder)
     model = QueritForSequenceClassification.from_pretrained(folder, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     if devices is not None:
         return DevicesPipeline(folder, model, tokenizer, devices, dtype)
     return TextRankingPipeline(model, tokenizer=tokenizer, device=device, dtype=dtype)

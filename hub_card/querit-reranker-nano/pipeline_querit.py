@@ -4,7 +4,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from .prompting_querit import EncodedPair, PromptEncoder, document_text
 from .scoring_querit import NonFiniteScoreError, fastest_cpu_dtype, score_pairs
 
 LONG_DOCUMENTS = ("truncate", "max_passage")
-# Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009) with the constant of the paper.
-RRF_K = 60
-COUNT = (int, lambda value: value >= 1, "a whole number of at least 1")
+RRF_K = 60  # of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009), as in the paper
+COUNT = (Integral, lambda value: value >= 1, "a whole number of at least 1")
 SWITCH = (bool, lambda value: True, "True or False")
 OPTIONS: dict[str, tuple[type, Callable, str]] = {
     "top_k": COUNT,
@@ -225,7 +224,8 @@ def _read_request(request: Any, number: str = "") -> tuple[str, list]:
     if not query.strip():
         raise ValueError("The query is empty.")
     if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
-        fix = ": give list(documents)" if isinstance(documents, Iterable) and not isinstance(documents, str) else ""
+        named = isinstance(documents, str | Mapping) or hasattr(documents, "columns")  # a list would be of names
+        fix = ": give list(documents)" if isinstance(documents, Iterable) and not named else ""
         raise TypeError(f"documents must be a list of strings or dicts, not {type(documents).__name__}{fix}.")
     for index, document in enumerate(documents):
         try:
@@ -237,8 +237,8 @@ def _read_request(request: Any, number: str = "") -> tuple[str, list]:
 
 def check_first_stage(scores: Any, requests: list[tuple[str, list]]) -> list[list[float]]:
     try:
-        rows = [[float(score) for score in row] for row in scores if not isinstance(row, str | Mapping | Set)]
-    except (TypeError, ValueError):
+        rows = [[float(score) for score in row] for row in scores if not isinstance(row, str | bytes | Mapping | Set)]
+    except (TypeError, ValueError, OverflowError):
         rows = []
     if [len(row) for row in rows] != [len(documents) for _, documents in requests] or not all(
         isfinite(score) for row in rows for score in row

@@ -103,8 +103,8 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("PromptEncoder needs a fast tokenizer (tokenizer.json): it cuts by character offsets.")
+        if not getattr(tokenizer, "is_fast", False) or len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("Needed is a fast tokenizer, which cuts by characters, with its words: tokenizer.json.")
         self.tokenizer, self.max_length = tokenizer, max_length
         # A copy: the caller's has switches, for padding and special tokens, that its other threads use.
         self._plain = copy.deepcopy(tokenizer.backend_tokenizer)

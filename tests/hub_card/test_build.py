@@ -258,6 +258,45 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 
 
 @pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer.json": None, "tokenizer_config.json": None}, "Download tokenizer.json"),
+        ({"tokenizer.json": None}, "no tokenizer that can be read"),
+        ({"tokenizer.json": None, "tokenizer_config.json": b'{"tokenizer_class": "BertTokenizer"}'}, "knows no word"),
+        ({"tokenizer_config.json": None}, "no tokenizer_config.json, which says how text is read"),
+        ({"tokenizer.json": POINTER}, "git lfs pull"),
+        ({"tokenizer_config.json": POINTER}, "git lfs pull"),
+        ({"tokenizer.json": b'{"version": "1.0", "trunc'}, "no tokenizer that can be read"),
+        ({"tokenizer.json": b"{}"}, "no tokenizer that can be read"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(files, words, tmp_path):
+    """transformers itself loads most of these in silence, and the model then ranks by other ids."""
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "spoilt")
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    for use in (querit.load, lambda source: build(source, tmp_path / "out", CARD)):
+        with pytest.raises(ValueError, match=words):
+            use(folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lengths_beyond_the_models_positions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_length=513 is over the 512 positions"):
+        build(folder_of("bert"), tmp_path / "out", CARD, max_length=513)
+
+
+def test_a_missing_checkpoint_is_called_missing_and_a_revision_is_of_a_repo(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-folder does not exist"):
+        build("no-such-folder", tmp_path / "out", CARD)
+    for use in (querit.load, lambda source, revision: build(source, tmp_path / "out", CARD, revision=revision)):
+        with pytest.raises(ValueError, match="nothing tells commits apart"):
+            use(str(folder_of("bert")), revision="0123abc")
+
+
+@pytest.mark.parametrize(
     ("content", "fix"), [(POINTER, "git lfs pull"), (None, "Download it again"), (b"", "truncated")]
 )
 def test_broken_weights_are_one_sentence_wherever_they_are_loaded(content, fix, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -126,6 +127,7 @@ def test_top_k_threshold_and_return_documents():
     full = ranker(QUERY, DOCUMENTS)
     assert ranker(QUERY, DOCUMENTS, top_k=2) == full[:2]
     assert ranker(QUERY, DOCUMENTS, top_k=99) == full
+    assert ranker(QUERY, DOCUMENTS, top_k=numpy.int64(2)) == full[:2]
     limit = full[2]["score"]
     assert ranker(QUERY, DOCUMENTS, threshold=limit) == full[:3]
     assert ranker(QUERY, DOCUMENTS, threshold=limit + 1e-9) == full[:2]
@@ -302,6 +304,8 @@ def test_first_stage_scores_are_fused_by_rank():
         [first_stage],
         dict(enumerate(first_stage)),
         set(first_stage),
+        b"abcde",
+        [*first_stage[:4], 10**400],
     ):
         with pytest.raises(ValueError, match="one finite number for each document"):
             ranker(QUERY, DOCUMENTS, first_stage_scores=wrong)
@@ -354,6 +358,8 @@ def test_fusion_breaks_ties_by_the_models_order():
         ((QUERY, pandas.Series(["a", "b"])), {}, TypeError, r"not Series: give list\(documents\)"),
         ((QUERY, Dataset.from_dict({"text": ["a"]})), {}, TypeError, r"not Dataset: give list\(documents\)"),
         ((QUERY, {"a", "b"}), {}, TypeError, r"not set: give list\(documents\)"),
+        ((QUERY, {"a": "b"}), {}, TypeError, r"not dict\.$"),  # whose list would be that of its keys
+        ((QUERY, pandas.DataFrame({"text": ["a"]})), {}, TypeError, r"not DataFrame\.$"),
         ((QUERY, DOCUMENTS), {"batch_size": 8}, TypeError, "no option batch_size.* batch_tokens"),
         ((QUERY, DOCUMENTS), {"devices": ["cpu"]}, TypeError, "no option devices.*querit.load"),
         (([{"query": QUERY, "texts": []}, {"query": QUERY}],), {}, ValueError, 'Request 1 must have "query"'),
@@ -448,6 +454,16 @@ def test_weights_that_are_not_numbers_name_query_and_document():
 def test_a_pipeline_needs_a_tokenizer():
     with pytest.raises(ValueError, match="no tokenizer"):
         TextRankingPipeline(model=tiny_model("qwen3"))
+
+
+def test_a_folder_without_its_vocabulary_does_not_rank(tmp_path):
+    """transformers makes a tokenizer of the special tokens alone, to which all texts are one."""
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "bert")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    ranker = pipeline("text-ranking", model=str(folder), trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"with its words: tokenizer\.json"):
+        ranker(QUERY, DOCUMENTS)
 
 
 @pytest.mark.parametrize("fastest", [torch.float32, torch.bfloat16])
