@@ -9,8 +9,12 @@ import yaml
 from markdown_it import MarkdownIt
 
 FRONT_MATTER = re.compile(r"\s*^(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.DOTALL | re.MULTILINE)
-COMMENT = ("<!--", "-->")
-NO_TEXT = (COMMENT, (r"<style\b", r"</style\s*>"), (r"<script\b", r"</script\s*>"))
+FIELD = re.compile(r"""[\w"'.$@/-]+[ \t]*[:=]""")  # a field's name, as front matter has them
+NO_TEXT = {"<!--": "-->", "<style": r"</style\s*>", "<script": r"</script\s*>"}
+# A tag, whatever its quoted attributes hold; else a `<` that begins none, as nothing closes it.
+TAG = re.compile(r"""</?[a-z](?:[^<>"']|"[^"]*"|'[^']*')*+>|<(?=[^<>]*(?:<|\Z))""", re.IGNORECASE)
+# Inline marks are read of headings alone: of brackets, say, it takes the square of their number.
+BLOCKS, INLINE, LONGEST_HEADING = MarkdownIt().disable("inline"), MarkdownIt(), 1000
 
 
 def read_markdown(text: str) -> dict[str, str]:
@@ -20,10 +24,10 @@ def read_markdown(text: str) -> dict[str, str]:
     """
     title, text = split_front_matter(re.sub(r"\r\n?", "\n", text))
     lines = text.split("\n")
-    for token in reversed(MarkdownIt().parse(text)):
+    for token in reversed(BLOCKS.parse(text)):
         if token.type == "html_block" and token.map:  # in a block of code it is no HTML
             start, end = token.map
-            lines[start:end] = without("\n".join(lines[start:end]), *NO_TEXT).split("\n")
+            lines[start:end] = without_no_text("\n".join(lines[start:end])).split("\n")
     text = "\n".join(lines)
     if found := markdown_headings(text):
         heading, start, end = found[0]
@@ -34,41 +38,51 @@ def read_markdown(text: str) -> dict[str, str]:
     return {"title": title, "text": text.strip()}
 
 
-def without(text: str, *blocks: tuple[str, str]) -> str:
-    """Without the blocks between these openings and closings; one that is not closed stays. Each in a single pass."""
-    for opening, closing in blocks:
-        opened, closed = re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE)
-        pieces, place = [], 0
-        while (start := opened.search(text, place)) and (end := closed.search(text, start.end())):
-            pieces.append(text[place : start.start()])
-            place = end.end()
-        text = "".join([*pieces, text[place:]])
-    return text
+def without_no_text(text: str) -> str:
+    """Without comments, styles and scripts; one that is not closed stays. In one pass: within one no other begins."""
+    pieces, kept, place, kinds = [], 0, 0, dict(NO_TEXT)
+    while kinds and (start := re.compile(rf"({'|'.join(kinds)})(?:(?<=-)|\b)", re.IGNORECASE).search(text, place)):
+        kind, place = start[0].lower(), start.end()
+        if end := re.compile(kinds[kind], re.IGNORECASE).search(text, place):
+            pieces.append(text[kept : start.start()])
+            kept = place = end.end()
+        else:
+            del kinds[kind]  # nothing after it closes another one either
+    return "".join([*pieces, text[kept:]])
 
 
 def split_front_matter(text: str) -> tuple[str, str]:
     """-> the title that YAML (`---`) or TOML (`+++`) front matter gives, or "", and the text after it."""
     found = FRONT_MATTER.match(text)
-    if not found or not re.match(r"\s*(#.*\n\s*)*[\w\"'-]+\s*[:=]|\s*$", found[2]):
-        return "", text  # a rule between paragraphs
+    if not found:
+        return "", text
     try:
         # The base loader makes nothing but strings, lists and mappings: a title 1917 stays as it is written.
         fields = yaml.load(found[2], yaml.BaseLoader) if found[1] == "---" else tomllib.loads(found[2])  # noqa: S506
-        title = fields["title"]
-    except (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         # Titles that hold a colon, unquoted, are no YAML, and common.
+        lines = [line for line in found[2].split("\n") if re.match(r"[^\s#]", line)]
+        if not all(FIELD.match(line) or line[0] in "-]}" for line in lines):
+            return "", text
         line = re.search(r"^title\s*[:=]\s*(.*?)\s*$", found[2], re.MULTILINE)
-        title = line[1].strip("\"'") if line else ""
+        fields = {"title": line[1].strip("\"'") if line else ""}
+    if fields and not (isinstance(fields, dict) and ("title" in fields or FIELD.match(f"{next(iter(fields))}:"))):
+        return "", text  # paragraphs between rules
+    title = (fields or {}).get("title")
     return (" ".join(title.split()) if isinstance(title, str) else ""), text[found.end() :]
 
 
 def markdown_headings(text: str) -> list[tuple[str, int, int]]:
     """(heading without its marks, first line, line after it) of every heading of a Markdown text."""
     headings = []
-    for token, content in itertools.pairwise(MarkdownIt().parse(text)):
+    links: dict = {}  # the targets that the text gives for `[name]`
+    for token, content in itertools.pairwise(BLOCKS.parse(text, links)):
         if token.type == "heading_open" and token.map:
-            breaks = ("softbreak", "hardbreak")  # a heading may stand over two lines
-            plain = "".join(" " if child.type in breaks else child.content for child in content.children or ())
+            plain = content.content
+            if len(plain) <= LONGEST_HEADING:
+                breaks = ("softbreak", "hardbreak")  # a heading may stand over two lines
+                (inline,) = INLINE.parseInline(plain, links)
+                plain = "".join(" " if child.type in breaks else child.content for child in inline.children or ())
             if plain.strip():
                 headings.append((plain.strip(), token.map[0], token.map[1]))
     return headings
@@ -90,12 +104,12 @@ class _Page(HTMLParser):
         super().__init__()
         self.pieces: list[str] = []
         self.titles: dict[str, list[str]] = {"title": [], "h1": []}
-        self.skipped: list[str] = []  # open elements whose text is none
+        self.skipped, self.depth = "", 0  # the open element whose text is none, and how many of it are open
         self.inside = ""  # the element of `titles` that is open
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag in self.SKIPPED:
-            self.skipped.append(tag)
+        if tag in self.SKIPPED and self.skipped in ("", tag):
+            self.skipped, self.depth = tag, self.depth + 1
         elif tag in self.titles and not self.skipped and not self.titles[tag]:
             self.inside = tag
         self.mark(tag)
@@ -104,9 +118,9 @@ class _Page(HTMLParser):
         self.mark(tag)  # `<script/>` opens nothing
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.skipped:
-            while self.skipped.pop() != tag:
-                pass
+        if tag == self.skipped:
+            self.depth -= 1
+            self.skipped = tag if self.depth else ""
         if tag == self.inside:
             self.inside = ""
         self.mark(tag)
@@ -128,7 +142,7 @@ def read_html(text: str) -> dict[str, str]:
     """-> {"title", "text"}: `<title>` or the first `<h1>`, and the text without scripts and styles, a line a block."""
     page = _Page()
     # For each tag without an end the parser looks through all the rest of the text: here they become plain text.
-    page.feed(re.sub(r"<(?=[^<>]*(?:<|\Z))", "&lt;", without(text, COMMENT)))
+    page.feed(TAG.sub(lambda found: "&lt;" if found[0] == "<" else found[0], without_no_text(text)))
     page.close()
     found = (" ".join("".join(pieces).split()) for pieces in page.titles.values())
     title = next((title for title in found if title), "")

@@ -2,10 +2,12 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # by suffix; spreadsheets of many countries write `;` in a .csv
 OTHERS = (",", ";", "\t")
+EXCELS = re.compile(r'"?sep=([^\r\n])"?[\r\n]*')  # a line before the columns that tells Excel the delimiter
 
 
 def read_table(lines: Iterator[str], name: str, suffix: str, column: str | None) -> Iterator[tuple[str, dict]]:
@@ -16,17 +18,20 @@ def read_table(lines: Iterator[str], name: str, suffix: str, column: str | None)
     there are columns, quotes that are not closed or are followed by text, and columns that are called the same.
     """
     csv.field_size_limit(2**31 - 1)  # a field may hold a whole document; csv expects 128 KiB
-    header = next(lines, "")
-    delimiter = find_delimiter(header, DELIMITERS[suffix], column)
+    header, before, told = next(lines, ""), 0, ""
+    while header and ((found := EXCELS.fullmatch(header)) or not header.strip()):  # lines before that of the columns
+        told = found[1] if found else told
+        header, before = next(lines, ""), before + 1
+    delimiter = told or find_delimiter(header, DELIMITERS[suffix], column)
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-    begin = 1  # where a row begins: a quote that is not closed runs on to the end
+    begin = before + 1  # where a row begins: a quote that is not closed runs on to the end
     try:
         columns = [field.strip() for field in next(reader, [])]
         if twice := {field for field in columns if field and columns.count(field) > 1}:
-            raise ValueError(f"{name}:1: two columns are called {twice.pop()!r}; rename one.")
-        begin = reader.line_num + 1
+            raise ValueError(f"{name}:{begin}: two columns are called {twice.pop()!r}; rename one.")
+        begin = before + reader.line_num + 1
         for fields in reader:
-            place, begin = f"{name}:{begin}", reader.line_num + 1
+            place, begin = f"{name}:{begin}", before + reader.line_num + 1
             if len(fields) > len(columns):
                 raise ValueError(
                     f"{place}: more fields than columns ({len(fields)}, not {len(columns)}). Put text that holds "

@@ -107,6 +107,7 @@ def files_of(folder: Path, counts: Counter[str]) -> list[str]:
 
     found = []
     for parent, folders, files in os.walk(folder, onerror=stop):
+        counts["links"] += sum(Path(parent, name).is_symlink() for name in folders if not is_litter(name))
         counts["hidden"] += sum(map(is_litter, (*folders, *files)))
         folders[:] = [name for name in folders if not is_litter(name)]
         for name in files:
@@ -122,7 +123,12 @@ def files_of(folder: Path, counts: Counter[str]) -> list[str]:
 
 def left_out(counts: Mapping[str, int]) -> str:
     """What `read_documents` counted, in words; "" where all was read."""
-    words = {"empty": "without text", "hidden": "hidden or a system's own", "other": "of kinds that are not read"}
+    words = {
+        "empty": "without text",
+        "hidden": "hidden or a system's own",
+        "other": "of kinds that are not read",
+        "links": "links to other folders, which can be named themselves",
+    }
     return ", ".join(f"{counts[key]} {words[key]}" for key in words if counts.get(key))
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sys
+import time
 from collections import Counter
 from itertools import islice
 
@@ -63,6 +64,14 @@ def test_the_delimiter_of_a_csv_is_found_out(tmp_path, name):
     assert plain(read_documents(write(tmp_path / name, "csv"))) == ROWS
 
 
+@pytest.mark.parametrize("before", ["\n", "\r\n \n", "sep=;\n", '"sep=;"\r\n', "\nsep=;\n\n"])
+def test_lines_before_the_columns_of_a_table_are_none(tmp_path, before):
+    (tmp_path / "x.csv").write_bytes(f"{before}text;a,b,c\nrise; and\n".encode())
+    (document,) = read_documents(tmp_path / "x.csv")
+    line = before.count("\n") + 2
+    assert (document["text"], document["source"]) == ("rise", f"{tmp_path}/x.csv:{line}")
+
+
 def test_a_row_keeps_what_it_came_with_whatever_column_is_read(tmp_path):
     (tmp_path / "x.csv").write_text("id,title,text,body\n7,Tides,short,The whole text\n", encoding="utf-8")
     (document,) = read_documents(tmp_path / "x.csv", "body")
@@ -91,6 +100,7 @@ def test_a_folder_is_read_with_all_in_it_and_without_litter(tmp_path):
     for name in (".git/readme.md", "node_modules/x/readme.md", "__MACOSX/._b.md", "._b.md", ".DS_Store"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\x00\x05\x16\x07\xff litter")
+    (folder / "elsewhere").symlink_to(tmp_path)  # nor round in a circle
     counts = Counter()
     found = list(read_documents(folder, counts=counts))
     pages = [(d["_id"], d["text"]) for d in islice(read_documents(folder, "body"), 2)]  # whose text has but one place
@@ -109,8 +119,11 @@ def test_a_folder_is_read_with_all_in_it_and_without_litter(tmp_path):
         "deep/t.csv:2",
         "deep/t.csv:3",
     ]
-    assert counts == {"empty": 1, "hidden": 5, "other": 2}
-    assert left_out(counts) == "1 without text, 5 hidden or a system's own, 2 of kinds that are not read"
+    assert counts == {"empty": 1, "hidden": 5, "other": 2, "links": 1}
+    assert left_out(counts) == (
+        "1 without text, 5 hidden or a system's own, 2 of kinds that are not read, "
+        "1 links to other folders, which can be named themselves"
+    )
     assert left_out({}) == ""
     assert is_litter("docs\\__MACOSX\\a.md") and not is_litter("docs/a.b.md") and not is_litter("./a.md")
 
@@ -166,6 +179,13 @@ def test_markdown_is_a_document_with_its_front_matter_read_as_what_it_is():
         ("+++\ntitle = 'Hugo'\ndate = 2024-01-02\n+++\nBody.", "Hugo", "Body."),
         ("---\nid: x\n---\n# Heading\nBody.", "Heading", "Body."),
         ("---\ntitle: [" + "[" * 5000 + "\n---\nBody.", "[" * 5001, "Body."),
+        ("---\nsidebar.order: 3\ntitle: Dots\n---\nBody.", "Dots", "Body."),
+        ("---\n$schema: x\n---\n# Heading\nBody.", "Heading", "Body."),
+        ("---\n@id: x\ntitle: No YAML\n---\nBody.", "No YAML", "Body."),
+        ("---\nPage name: x\ntitle: Blanks\n---\nBody.", "Blanks", "Body."),
+        ("---\n{title: In brackets}\n---\nBody.", "In brackets", "Body."),
+        ("# [The *pump*][1]\nBody.\n\n[1]: pump.md", "The pump", "Body.\n\n[1]: pump.md"),
+        ("---\nNote: some words\nand more.\n\n---\nBody.", "", "---\nNote: some words\nand more.\n\n---\nBody."),
         ("---\n\nA paragraph\n\n---\n\nBody.", "", "---\n\nA paragraph\n\n---\n\nBody."),
         ("---\ntitle: never closed\n\nBody.", "", "---\ntitle: never closed\n\nBody."),
         ("<style>never closed\n\nBody.", "", "<style>never closed\n\nBody."),
@@ -189,16 +209,37 @@ def test_html_is_its_text():
     )
     assert read_html(page) == {"title": "Tide & moon", "text": "The moon pulls.\nOne\nTwo\na b\ncafé"}
     assert read_html("<h1>Only a heading</h1>and text") == {"title": "Only a heading", "text": "and text"}
-    assert read_html("<p>a <!-- <p>no --> b < c <script>if (a<b) {}</script>d")["text"] == "a b < c\nd"
+    assert read_html("<p>a <!-- <p>no --> b < c <script>if (a<b) {}</script>d")["text"] == "a b < c d"
     assert read_html("<p>a <!-- never closed")["text"] == "a <!-- never closed"
+    assert read_html("<script>let a = '<!--'</script><p>a</p><!-- no --><p>b</p>")["text"] == "a\nb"
+    assert read_html("""<a title="1 < 2 <b>" onclick='if (a<b) {}'>a</a> b""")["text"] == "a b"
+    assert read_html("<svg><svg></svg><style></style>no</svg>a")["text"] == "a"
     assert read_html("plain") == {"title": "", "text": "plain"}
 
 
 @pytest.mark.parametrize("piece", ["<!--", "<a ", "<a href='", "</", "<style>\n"])
 def test_tags_that_are_never_closed_are_read_in_one_pass(piece):
     """Html.parser by itself looks through all the rest for each: minutes, where this is done at once."""
+    start = time.process_time()
     assert read_html(f"begin {piece * 30_000}")["text"].startswith("begin")
     assert read_markdown(f"begin\n\n{piece * 300}")["text"].startswith("begin")
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("piece", ["[", "![", "[^", "[a](", "_a"])
+def test_of_many_marks_a_page_is_read_in_a_moment(piece):
+    """Inline marks, read in the text too, take the square of their number: minutes for a page."""
+    text = piece * 200_000
+    start = time.process_time()
+    assert read_markdown(f"# Title\n\n{text}")["text"] == text
+    assert read_markdown(f"# {text}")["title"] == text
+    assert time.process_time() - start < 10
+
+
+def test_tags_that_are_closed_and_never_opened_are_read_in_one_pass():
+    start = time.process_time()
+    assert read_html("a" + "<svg></template>" * 50_000) == {"title": "", "text": "a"}
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
