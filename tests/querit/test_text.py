@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import sys
-import time
 from collections import Counter
 from itertools import islice
 
@@ -220,26 +219,20 @@ def test_html_is_its_text():
 @pytest.mark.parametrize("piece", ["<!--", "<a ", "<a href='", "</", "<style>\n"])
 def test_tags_that_are_never_closed_are_read_in_one_pass(piece):
     """Html.parser by itself looks through all the rest for each: minutes, where this is done at once."""
-    start = time.process_time()
     assert read_html(f"begin {piece * 30_000}")["text"].startswith("begin")
     assert read_markdown(f"begin\n\n{piece * 300}")["text"].startswith("begin")
-    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("piece", ["[", "![", "[^", "[a](", "_a"])
 def test_of_many_marks_a_page_is_read_in_a_moment(piece):
-    """Inline marks, read in the text too, take the square of their number: minutes for a page."""
-    text = piece * 200_000
-    start = time.process_time()
+    """Inline marks, read in the text too, would take the square of their number: this test would not end."""
+    text = piece * 1_000_000
     assert read_markdown(f"# Title\n\n{text}")["text"] == text
     assert read_markdown(f"# {text}")["title"] == text
-    assert time.process_time() - start < 10
 
 
 def test_tags_that_are_closed_and_never_opened_are_read_in_one_pass():
-    start = time.process_time()
-    assert read_html("a" + "<svg></template>" * 50_000) == {"title": "", "text": "a"}
-    assert time.process_time() - start < 10
+    assert read_html("a" + "<svg></template>" * 200_000) == {"title": "", "text": "a"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
