@@ -25,6 +25,7 @@ RECIPES = Path(str(resources.files("recipes")))  # their YAML files are in the w
 SPEED = RECIPES.parent / "tests" / "bench" / "results" / "scoring.json"  # of a checkout; a wheel has none
 PRECISION = SPEED.with_name("precision.json")
 SHARED = "card.md.jinja"
+FEWEST_PAIRS = 20
 RELIABILITY = Path("results") / "reliability.json"  # in a recipe's folder
 FIRST_STAGE, WORDS, FUSED = "retriever", "BM25", " + first stage"  # systems, as recipes.lib.results names them
 METADATA = {
@@ -189,11 +190,16 @@ def languages_table(measured: dict, languages: dict[str, str]) -> str:
 
 
 def reliability_table(path: Path) -> str:
-    """What recipes.calibrate measured of the probabilities, by language; "" where that was not."""
+    """What recipes.calibrate measured of the probabilities, by language; "" where that was not.
+
+    Of fewer pairs than FEWEST_PAIRS an error by bins is chance: such languages are left out.
+    """
     if not path.is_file():
         return ""
     rows = [["language", "pairs", "expected calibration error", "mean for right answers", "mean for others"]]
     for language, found in json.loads(path.read_text(encoding="utf-8")).items():
+        if found["n"] < FEWEST_PAIRS:
+            continue
         means = ("" if found[key] is None else f"{found[key]:.2f}" for key in ("right_mean", "wrong_mean"))
         rows.append([language, f"{found['n']:,}", f"{found['ece']:.3f}", *means])
     return markdown(rows)
