@@ -60,9 +60,10 @@ def build(
     tokenizer = read_tokenizer(source)
     model = load_checkpoint(source, dtype)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if max_length and positions and max_length > positions:
+    own = tokenizer.model_max_length  # of some that is beyond their positions, and cuts nothing
+    if max_length and positions and max_length > positions and max_length != own:
         raise ValueError(f"max_length={max_length} is over the {positions} positions that the model has. Lower it.")
-    tokenizer.model_max_length = max_length or tokenizer.model_max_length
+    tokenizer.model_max_length = max_length or own
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # sentence-transformers pads by it
     folder.parent.mkdir(parents=True, exist_ok=True)
