@@ -23,9 +23,9 @@ COMPUTING := tests/modeling_querit tests/querit/test_devices.py tests/hub_card/t
 .PHONY: demo test test-avx2 bench integrations clean
 
 demo: $(VENV)/demo-installed
-	@$(QUERIT) rank "How do migrating birds find their way?" examples/documents.jsonl --top-k 4 --table
-	@$(QUERIT) rank "¿Cómo hago que la batería dure más?" examples/documents.jsonl --top-k 4 --table
-	@$(QUERIT) rank "海为什么会涨潮？" examples/documents.jsonl --top-k 4 --table
+	@$(QUERIT) rank "Why are there two high tides a day?" examples/documents.jsonl --top-k 4 --table
+	@$(QUERIT) rank "Wie finden Zugvögel ihren Weg?" examples/documents.jsonl --top-k 4 --table
+	@$(QUERIT) rank "怎样延长锂电池的寿命？" examples/documents.jsonl --top-k 4 --table
 	@echo 'Your own: $(QUERIT) rank "a question" FILE...   (text, Markdown, JSONL, CSV, a folder)'
 	@# On a terminal the page is served until Ctrl+C; elsewhere nobody could end it.
 	@if [ -t 1 ]; then $(QUERIT) demo; else echo 'In a browser: $(QUERIT) demo   (prints the address to open)'; fi
