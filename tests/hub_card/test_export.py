@@ -131,6 +131,10 @@ def test_the_head_as_vllm_reads_it(kind):
         expected = ours(**batch)
     assert torch.sigmoid(found).item() == pytest.approx(torch.sigmoid(expected.logits).item(), abs=1e-6)
     assert 2 * torch.sigmoid(found).item() - 1 == pytest.approx(expected.score.item(), abs=1e-6)
+    # A router without these is to vLLM one by softmax that has no bias; in transformers it is by sigmoid, with one.
+    config = json.loads((exported(kind) / "config.json").read_text(encoding="utf-8"))
+    router = (config.get("topk_method"), config.get("scoring_func"))
+    assert router == (("noaux_tc", "sigmoid") if kind == "deepseek_v3" else (None, None))
     source = load_file(source_of(kind) / "model.safetensors")
     assert weights.keys() ^ source.keys() == {"score.weight", "score.bias", "head.weight", "head.bias"}
     assert all(torch.equal(weights[key], source[key]) for key in weights.keys() & source.keys())
