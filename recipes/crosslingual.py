@@ -53,6 +53,8 @@ GROUPS = pa.schema(
         "relevant": pa.list_(pa.bool_()),
     }
 )
+ENGLISH = ("english_query", "english_documents")  # kept beside the labels: recipes.train may learn from them too
+LABELLED = pa.schema([*SCORED, *(GROUPS.field(name) for name in ENGLISH)])
 
 
 @dataclass
@@ -78,6 +80,10 @@ class CrosslingualArguments:
     )
     pooled: dict[str, dict[str, str]] = field(
         default_factory=dict, metadata={"help": "Name -> {language: BEIR folder}: equal ids, own questions."}
+    )
+    languages: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Language -> how often switched text and parallel questions are drawn in it; 1 if left out."},
     )
     aligned_copies: int = field(default=2, metadata={"help": "Groups of a heading, in different languages."})
     candidates: int = field(default=4, metadata={"help": "Passages of a group."})
@@ -143,7 +149,7 @@ def chosen_groups(builder: Builder, args: CrosslingualArguments) -> list[Group]:
 
 
 class Label:
-    """The worker of `run_shards`: rows of GROUPS in, SCORED out; `scores` are logits, `labels` their sigmoid."""
+    """The worker of `run_shards`: rows of GROUPS in, LABELLED out; `scores` are logits, `labels` their sigmoid."""
 
     def __init__(self, teacher: str, batch_size: int, known_logit: float, dtype: str):
         self.model = CrossEncoder(teacher, model_kwargs={"dtype": getattr(torch, dtype)})
@@ -164,7 +170,7 @@ class Label:
             else:
                 scores = [self.known_logit if relevant else -self.known_logit for relevant in item["relevant"]]
             labels = torch.tensor(scores).sigmoid().tolist()
-            kept = {key: item[key] for key in ("target", "query", "documents", "relevant")}
+            kept = {key: item[key] for key in ("target", "query", "documents", "relevant", *ENGLISH)}
             rows.append(kept | {"scores": scores, "labels": labels})
         return rows
 
@@ -184,7 +190,7 @@ def main(args: CrosslingualArguments) -> None:
     if not already_made(output, asdict(args)):
         tokenizer = AutoTokenizer.from_pretrained(args.base)
         dictionary = json.loads((Path(args.base) / DICTIONARY).read_text(encoding="utf-8"))
-        builder = Builder(tokenizer, dictionary, args.candidates, random.Random(args.seed))
+        builder = Builder(tokenizer, dictionary, args.candidates, random.Random(args.seed), args.languages)
         work.mkdir(parents=True, exist_ok=True)
         items = work / "groups.parquet"
         groups = chosen_groups(builder, args)
@@ -192,7 +198,7 @@ def main(args: CrosslingualArguments) -> None:
         print(f"{len(groups):,} groups: {dict(Counter(group.kind for group in groups))}", flush=True)
         worker = partial(Label, args.teacher, args.batch_size, args.known_logit, args.dtype)
         settings = {"teacher": content_hash(args.teacher), "known_logit": args.known_logit, "dtype": args.dtype}
-        run_shards(worker, items, work / "scored", SCORED, settings, description="teacher's logits")
+        run_shards(worker, items, work / "scored", LABELLED, settings, description="teacher's logits")
         gather([work / "scored"], work / "cache", output, asdict(args))
     shutil.rmtree(work, ignore_errors=True)
 

@@ -35,17 +35,27 @@ class Group:
 class Builder:
     """What all kinds of groups need.
 
-    `tokenizer` is a transformers tokenizer; a group has `candidates` passages.
+    `tokenizer` is a transformers tokenizer; a group has `candidates` passages. `weights` says how often a language is
+    drawn beside the others; one that it leaves out has 1.
     """
 
     tokenizer: Any
     dictionary: Dictionary
     candidates: int
     rng: random.Random
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def languages(self) -> list[str]:
         return sorted(self.dictionary)
+
+    def draw_languages(self, among: list[str], count: int = 1) -> list[str]:
+        """So many different ones, by `weights`."""
+        among, drawn = list(among), []
+        for _ in range(min(count, len(among))):
+            drawn += self.rng.choices(among, [self.weights.get(language, 1.0) for language in among])
+            among.remove(drawn[-1])
+        return drawn
 
     def negatives(self, found: list[int], depth: int) -> list[int] | None:
         """Draws of the `depth` best found, one fewer than a group has passages; None if there are too few."""
@@ -131,7 +141,7 @@ def english_groups(builder: Builder, judged: Judged, most: int) -> Iterator[Grou
     rng = builder.rng
     for query, rows, passages in sources(builder, judged, most):
         documents = [passages[row] for row in rows]
-        draw, language = rng.random(), rng.choice(builder.languages)
+        draw, (language,) = rng.random(), builder.draw_languages(builder.languages)
         english = query, documents
         if draw < 0.2:
             yield Group("english", query, documents, english, builder.known())
@@ -159,7 +169,7 @@ def question_groups(builder: Builder, questions: Iterable[Translation], passages
         if "en" not in question or not others:
             continue
         first, *rest = pool.nearest(question["en"], 25)
-        for language in rng.sample(others, min(2, len(others))):
+        for language in builder.draw_languages(others, 2):
             negatives = builder.negatives(rest, 24)
             if negatives is None:
                 continue
