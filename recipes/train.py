@@ -52,6 +52,12 @@ class ScriptArguments:
     label_temperature: float = field(default=0.15, metadata={"help": "kl: softmax temperature of the labels."})
     logit_temperature: float = field(default=2.0, metadata={"help": "distil: temperature of both softmaxes."})
     mse_weight: float = field(default=0.02, metadata={"help": "distil: weight of the squared error of the logits."})
+    states_teacher: str | None = field(
+        default=None,
+        metadata={"help": "distil: model of the same tokenizer whose hidden states on the English sides are learnt too."},
+    )
+    states_layers: list[int] = field(default_factory=lambda: [5, 8, 11], metadata={"help": "Layers, from 1, of these."})
+    states_weight: float = field(default=1.0, metadata={"help": "Weight of the states' part of the loss."})
     words_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the word embeddings, where it is to be another."}
     )
@@ -99,30 +105,73 @@ def distil_loss(
     return divergence + mse_weight * F.mse_loss(logits[real], wanted[real])
 
 
+def states_loss(student: torch.Tensor, teacher: torch.Tensor, matched: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of the matched tokens' states, `(pairs, tokens, hidden)` of both sides: the mean over the first tokens,
+    which the score is read off, and that over all others, half and half.
+
+    `matched` is `(tokens, 4)`: a pair and a place of the student's, a pair and a place of the teacher's.
+    """
+    row, place, english_row, english_place = matched.unbind(1)
+    apart = 1 - F.cosine_similarity(student[row, place].float(), teacher[english_row, english_place].float())
+    return (apart[place == 0].mean() + apart[place > 0].mean()) / 2
+
+
+def matched_places(ids: list[int], english: list[int]) -> list[tuple[int, int]]:
+    """Places of the tokens that two sides of a pair share: the first, and all that both end with.
+
+    The passage of a switched or translated question is mostly the English one, so that its states can be compared one
+    by one; where it is not, the first and the last token are left.
+    """
+    shared = 1
+    while shared < min(len(ids), len(english)) and ids[-shared - 1] == english[-shared - 1]:
+        shared += 1
+    ends = range(-shared, 0)
+    return [(0, 0), *((len(ids) + end, len(english) + end) for end in ends if len(ids) + end and len(english) + end)]
+
+
 class GroupCollator:
     """Groups of candidates -> one padded batch of pairs, and the matrices that tell which pair is whose.
 
     `labels` and `real` are `(queries, most documents of a query)`; pairs stand query by query. `token_type_ids` are
-    there where the groups have them.
+    there where the groups have them. Where groups have English sides `english` is a batch of these, and `matched` says
+    which tokens stand in both: see `states_loss`.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, groups: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [torch.tensor(ids) for group in groups for ids in group["input_ids"]]
-        width, most = max(map(len, rows)), max(len(group["input_ids"]) for group in groups)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
+    def pad(self, groups: list[dict], prefix: str = "") -> dict[str, torch.Tensor]:
+        rows = [torch.tensor(ids) for group in groups for ids in group[f"{prefix}input_ids"]]
+        input_ids = torch.full((len(rows), max(map(len, rows))), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = row
             attention_mask[index, : len(row)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if "token_type_ids" in groups[0]:
-            types = [torch.tensor(ids) for group in groups for ids in group["token_type_ids"]]
+        if f"{prefix}token_type_ids" in groups[0]:
+            types = [torch.tensor(ids) for group in groups for ids in group[f"{prefix}token_type_ids"]]
             batch["token_type_ids"] = torch.zeros_like(input_ids)
             for index, row in enumerate(types):
                 batch["token_type_ids"][index, : len(row)] = row
+        return batch
+
+    def match(self, groups: list[dict]) -> dict[str, Any]:
+        first, english_first, matched = 0, 0, []
+        for group in groups:
+            for n, (ids, english) in enumerate(zip(group["input_ids"], group["english_input_ids"], strict=False)):
+                places = matched_places(ids, english)
+                matched += [(first + n, place, english_first + n, other) for place, other in places]
+            first, english_first = first + len(group["input_ids"]), english_first + len(group["english_input_ids"])
+        if not english_first:
+            return {}
+        with_sides = [group for group in groups if group["english_input_ids"]]
+        return {"english": self.pad(with_sides, "english_"), "matched": torch.tensor(matched)}
+
+    def __call__(self, groups: list[dict]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.pad(groups)
+        if "english_input_ids" in groups[0]:
+            batch |= self.match(groups)
+        most = max(len(group["input_ids"]) for group in groups)
         labels = torch.zeros(len(groups), most)
         real = torch.zeros(len(groups), most, dtype=torch.bool)
         for index, group in enumerate(groups):
@@ -131,19 +180,26 @@ class GroupCollator:
         return batch | {"labels": labels, "real": real}
 
 
-def tokenize_groups(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: str) -> Dataset:
+def tokenize_groups(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: str, english: bool = False
+) -> Dataset:
     """Groups -> their pairs' token ids, `labels` (the column of that name), and `length`, by which batches are made.
 
-    With `token_type_ids` where the tokenizer's template sets any.
+    With `token_type_ids` where the tokenizer's template sets any, and with `english` the same of the English sides
+    (`english_input_ids`, empty without one).
     """
     encoder = PromptEncoder(tokenizer, max_length)
 
-    def tokenize(group: dict) -> dict:
-        pairs = encoder.encode(group["query"], group["documents"])
-        row = {"input_ids": [pair.input_ids for pair in pairs], "labels": group[labels]}
-        row["length"] = max(pair.num_tokens for pair in pairs)
+    def encode(query: str, documents: list[str], prefix: str = "") -> dict:
+        pairs = encoder.encode(query, documents)
         types = [pair.token_type_ids for pair in pairs]
-        return row | ({"token_type_ids": types} if any(map(any, types)) else {})
+        row = {f"{prefix}input_ids": [pair.input_ids for pair in pairs]}
+        return row | ({f"{prefix}token_type_ids": types} if prefix or any(map(any, types)) else {})
+
+    def tokenize(group: dict) -> dict:
+        row = encode(group["query"], group["documents"]) | {"labels": group[labels]}
+        row["length"] = max(map(len, row["input_ids"]))
+        return row | (encode(group["english_query"], group["english_documents"], "english_") if english else {})
 
     return data.map(tokenize, remove_columns=[name for name in data.column_names if name != "labels"])
 
@@ -178,9 +234,14 @@ class WordsTrainer(Trainer):
 class GroupTrainer(WordsTrainer):
     """On whole groups: n forward passes give all n (n - 1) / 2 pairs of a query."""
 
+    def __init__(self, *args, states_teacher: torch.nn.Module | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.states_teacher = None if states_teacher is None else states_teacher.to(self.args.device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         script, labels, real = self.script_args, inputs.pop("labels"), inputs.pop("real")
-        outputs = model(**inputs)
+        english, matched = inputs.pop("english", None), inputs.pop("matched", None)
+        outputs = model(**inputs, output_hidden_states=english is not None)
 
         def grouped(values: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(labels).masked_scatter(real, values.squeeze(-1))
@@ -192,6 +253,13 @@ class GroupTrainer(WordsTrainer):
             loss = kl_loss(logits, labels, real, script.label_temperature)
         else:
             loss = distil_loss(logits, labels, real, script.logit_temperature, script.mse_weight)
+        if english is not None:
+            with torch.no_grad():
+                wanted = self.states_teacher(**english, output_hidden_states=True).hidden_states
+            losses = [states_loss(outputs.hidden_states[n], wanted[n], matched) for n in script.states_layers]
+            apart = torch.stack(losses).mean()
+            self.metrics.setdefault("states_apart", []).append(apart.item())
+            loss = loss + script.states_weight * apart
 
         with torch.no_grad():
             pairs = (labels[:, :, None] > labels[:, None, :]) & real[:, :, None] & real[:, None, :]
@@ -241,8 +309,8 @@ def check_settings(script, args: RewardConfig) -> None:
     """Note what this run depends on in `training.json`; a run of other settings is neither taken up nor overwritten."""
     out = Path(str(args.output_dir))
     settings: dict[str, Any] = asdict(script) | {name: getattr(args, name) for name in DECIDING}
-    for key in ("model_name_or_path", "train_data"):
-        if key in settings and Path(settings[key]).exists():
+    for key in ("model_name_or_path", "train_data", "states_teacher"):
+        if settings.get(key) and Path(settings[key]).exists():
             settings[key] = content_hash(settings[key])  # a folder may move
     settings = json.loads(json.dumps(settings))
     noted, begun = out / "training.json", any(out.glob(WEIGHTS)) or any(out.glob("checkpoint-*"))
@@ -260,6 +328,8 @@ def check_settings(script, args: RewardConfig) -> None:
 def check(script: ScriptArguments, args: RewardConfig) -> None:
     if script.loss not in LOSSES:
         raise ValueError(f"loss is {script.loss!r}; it must be margin, kl or distil.")
+    if script.states_teacher is not None and script.loss != "distil":
+        raise ValueError("states_teacher goes with loss: distil.")
     if math.isclose(args.learning_rate, 0):
         raise ValueError("learning_rate is 0: nothing would be learnt.")
     if args.n_gpu > 1:
@@ -291,8 +361,19 @@ def read_groups(script: ScriptArguments, args: RewardConfig, tokenizer: PreTrain
     labels = "scores" if script.loss == "distil" else "labels"
     if labels not in data.column_names:
         raise ValueError(f"{script.train_data} has no column `{labels}`, which loss: {script.loss} learns from.")
+    english = script.states_teacher is not None
+    if english and "english_query" not in data.column_names:
+        raise ValueError(f"{script.train_data} has no English sides for states_teacher: recipes.crosslingual keeps them.")
     with args.main_process_first():
-        return tokenize_groups(data, tokenizer, args.max_length or tokenizer.model_max_length, labels)
+        return tokenize_groups(data, tokenizer, args.max_length or tokenizer.model_max_length, labels, english)
+
+
+def load_states_teacher(script: ScriptArguments, args: RewardConfig) -> QueritForSequenceClassification | None:
+    if script.states_teacher is None:
+        return None
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options: dict[str, Any] = {"attn_implementation": script.attn_implementation, "dtype": dtype}
+    return QueritForSequenceClassification.from_pretrained(script.states_teacher, **options).eval()
 
 
 def main(script: ScriptArguments, args: RewardConfig) -> None:
@@ -314,6 +395,7 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
         model=model,
         args=args,
         script_args=script,
+        states_teacher=load_states_teacher(script, args),
         train_dataset=read_groups(script, args, tokenizer),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id or 0),

@@ -26,6 +26,7 @@ from recipes.train import (
     last_whole_checkpoint,
     main,
     margin_loss,
+    states_loss,
 )
 from tests.recipes.folders_for_tests import SUBJECTS, tiny_backbone
 
@@ -104,6 +105,33 @@ def test_segments_stand_beside_their_tokens():
     assert GroupCollator(0)([first, second])["token_type_ids"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
 
 
+def test_states_of_the_tokens_that_both_sides_share_are_compared():
+    """A translated question has the English passage: its tokens, and the first one, which the score is read off."""
+    translated = {
+        "input_ids": [[2, 50, 51, 52, 3, 7, 8, 3], [2, 50, 51, 52, 3, 9, 3]], "labels": [1.0, -1.0],
+        "english_input_ids": [[2, 20, 3, 7, 8, 3], [2, 20, 3, 9, 3]],
+        "token_type_ids": [[0] * 5 + [1] * 3, [0] * 5 + [1] * 2],
+        "english_token_type_ids": [[0] * 3 + [1] * 3, [0] * 3 + [1] * 2],
+    }  # fmt: skip
+    alone = {"input_ids": [[2, 4, 3, 5, 3]], "token_type_ids": [[0, 0, 0, 1, 1]], "labels": [0.5]}
+    alone |= {"english_input_ids": [], "english_token_type_ids": []}
+    foreign = translated | {"english_input_ids": [[2, 20, 3, 30, 31, 3], [2, 20, 3, 32, 3]]}
+    batch = GroupCollator(0)([alone, translated, foreign])
+    assert batch["english"]["input_ids"].shape == (4, 6) and batch["english"]["attention_mask"].sum() == 22
+    firsts = [[1, 0, 0, 0], [2, 0, 1, 0], [3, 0, 2, 0], [4, 0, 3, 0]]  # pairs 0 has no English side
+    passages = [[1, 4, 0, 2], [1, 5, 0, 3], [1, 6, 0, 4], [1, 7, 0, 5], [2, 4, 1, 2], [2, 5, 1, 3], [2, 6, 1, 4]]
+    ends = [[3, 7, 2, 5], [4, 6, 3, 4]]  # of the foreign passages the last token alone
+    assert sorted(batch["matched"].tolist()) == sorted(firsts + passages + ends)
+    assert "english" not in GroupCollator(0)([alone])
+
+    states = torch.randn(2, 3, 4)
+    matched = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0], [0, 2, 0, 1]])
+    turned = states.clone()
+    turned[1, 0] = -states[1, 0]  # one of two firsts says the opposite
+    turned[0, 1] = 3 * states[0, 2]  # length does not count
+    assert states_loss(states, turned, matched).item() == pytest.approx((2 / 2 + 0) / 2, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A plain backbone and groups in which the document that names the subject is right."""
@@ -148,6 +176,27 @@ def test_the_teachers_logits_are_learnt_by_level(made, tmp_path):
         right.append(logits[0])
         wrong.append(logits[1])
     assert sum(right) / len(right) == pytest.approx(6, abs=2) and sum(wrong) / len(wrong) == pytest.approx(-4, abs=2)
+
+
+def test_states_of_the_english_sides_are_learnt(made, tmp_path):
+    """From the model as it is: with English sides for twins of its words it says of them what it says of the words."""
+    data = load_dataset("parquet", data_files=str(made / "data.parquet"), split="train")
+    mirrored = data.map(lambda row: {"english_query": row["query"], "english_documents": row["documents"]})
+    mirrored.map(lambda row: {"query": row["query"].upper() + " x"}).to_parquet(tmp_path / "groups.parquet")
+    start = run(made, tmp_path / "start", "distil", max_steps=1)
+    apart = {}
+    for weight in (0.0, 3.0):
+        out = run(
+            made, tmp_path / f"states{weight}", "distil", model_name_or_path=str(start), states_weight=weight,
+            train_data=str(tmp_path / "groups.parquet"), states_teacher=str(start), states_layers=[1], logging_steps=1,
+        )  # fmt: skip
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        apart[weight] = [row["states_apart"] for row in history if "states_apart" in row]
+    assert apart[0.0][0] == apart[3.0][0] and apart[3.0][-1] < 0.5 * apart[0.0][-1]
+    with pytest.raises(ValueError, match="no English sides"):
+        run(made, tmp_path / "x", "distil", states_teacher=str(start))
+    with pytest.raises(ValueError, match="goes with loss: distil"):
+        run(made, tmp_path / "y", "kl", states_teacher=str(start))
 
 
 def test_words_have_a_learning_rate_of_their_own(made, tmp_path):
