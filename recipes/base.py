@@ -32,6 +32,7 @@ from recipes.vocabulary import REPORT as VOCABULARY
 REPORT, DICTIONARY = "base.json", "dictionary.json"
 BLANK_ROW = "[unused1]"  # the teacher has no `▁` alone
 WITHOUT_STARTS = ("ja", "zh", "ko")  # whole words of these are words wherever they stand
+LEAST = 0.001  # weight of a translation in the dictionary, which is kept to three digits
 MEANINGS = 5  # translations, and neighbours, that an embedding is mixed of
 
 
@@ -138,7 +139,7 @@ def by_english_word(kinds: dict[str, str], lexicon: Lexicon, languages: list[str
         for meaning, weight in meanings.items():
             english = pieces[meaning]
             if english.startswith(START) and len(english) > 2:
-                for language in spoken:
+                for language in spoken if weight >= LEAST else ():
                     found[language].setdefault(english, []).append([piece, round(weight, 3)])
     for words in found.values():
         for english, entries in words.items():

@@ -1,6 +1,7 @@
 """The transplant: an English cross-encoder under a vocabulary of more languages."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from modeling_querit.modeling_querit import QueritForSequenceClassification
-from recipes.base import DICTIONARY, REPORT, BaseArguments, main
+from recipes.base import DICTIONARY, REPORT, BaseArguments, by_english_word, main
+from recipes.lib.dictionary import Lexicon
 from recipes.lib.pieces import to_wordpiece
 from tests.recipes.folders_for_tests import tiny_retriever
 from tests.recipes.nano_for_tests import (
@@ -87,6 +89,13 @@ def test_the_dictionary_leads_from_english_words_to_each_languages(folder):
     assert words.keys() == {"de", "ja"}
     assert words["de"]["▁dog"][0][0] == "▁hund" and words["ja"]["▁bread"][0][0] == "パン"
     assert words["ja"]["▁dog"][0][0] == "犬"  # a character that is a word
+
+
+def test_a_translation_that_hardly_ever_was_one_is_left_out():
+    """Rounded to nothing, it could be a word's only one, and no word can be drawn by weights of 0."""
+    kinds = {"▁dog": "english", "▁hund": "de", "▁katze": "de"}
+    lexicon = Lexicon({1: {0: 2.5}, 2: {0: 0.0004}}, Counter())
+    assert by_english_word(kinds, lexicon, ["de"]) == {"de": {"▁dog": [["▁hund", 2.5]]}}
 
 
 def test_the_same_again_and_other_settings_are_refused(folder, capsys):
