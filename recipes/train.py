@@ -54,7 +54,7 @@ class ScriptArguments:
     mse_weight: float = field(default=0.02, metadata={"help": "distil: weight of the squared error of the logits."})
     states_teacher: str | None = field(
         default=None,
-        metadata={"help": "distil: model of the same tokenizer whose hidden states on the English sides are learnt too."},
+        metadata={"help": "distil: model of the same tokenizer whose states on the English sides are learnt too."},
     )
     states_layers: list[int] = field(default_factory=lambda: [5, 8, 11], metadata={"help": "Layers, from 1, of these."})
     states_weight: float = field(default=1.0, metadata={"help": "Weight of the states' part of the loss."})
@@ -106,8 +106,9 @@ def distil_loss(
 
 
 def states_loss(student: torch.Tensor, teacher: torch.Tensor, matched: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the matched tokens' states, `(pairs, tokens, hidden)` of both sides: the mean over the first tokens,
-    which the score is read off, and that over all others, half and half.
+    """1 - cosine of the matched tokens' states, `(pairs, tokens, hidden)` of both sides.
+
+    Half of it is the mean over first tokens, which the score is read off, half that over all others.
 
     `matched` is `(tokens, 4)`: a pair and a place of the student's, a pair and a place of the teacher's.
     """
@@ -363,7 +364,7 @@ def read_groups(script: ScriptArguments, args: RewardConfig, tokenizer: PreTrain
         raise ValueError(f"{script.train_data} has no column `{labels}`, which loss: {script.loss} learns from.")
     english = script.states_teacher is not None
     if english and "english_query" not in data.column_names:
-        raise ValueError(f"{script.train_data} has no English sides for states_teacher: recipes.crosslingual keeps them.")
+        raise ValueError(f"{script.train_data} has no English sides for states_teacher; recipes.crosslingual's has.")
     with args.main_process_first():
         return tokenize_groups(data, tokenizer, args.max_length or tokenizer.model_max_length, labels, english)
 
