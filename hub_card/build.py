@@ -16,7 +16,7 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, yaml_dump
 from transformers import PreTrainedTokenizerBase
 
-from hub_card.convert import NO_LABELS, check_weight_files, read_tokenizer, write_json
+from hub_card.convert import NO_LABELS, check_ids, check_weight_files, read_tokenizer, write_json
 from hub_card.from_sentence_transformers import load_checkpoint
 from hub_card.probes import write_probes
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
@@ -59,6 +59,7 @@ def build(
     check_weight_files(source)
     tokenizer = read_tokenizer(source)
     model = load_checkpoint(source, dtype)
+    check_ids(tokenizer, model.get_input_embeddings().num_embeddings, source)
     positions = getattr(model.config, "max_position_embeddings", None)
     own = tokenizer.model_max_length  # of some that is beyond their positions, and cuts nothing
     if max_length and positions and max_length > positions and max_length != own:

@@ -248,13 +248,18 @@ def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:
         )
     tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     check_cut(tokenizer)
+    check_ids(tokenizer, rows, source)
+    return tokenizer
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, source: Path) -> None:
+    """ValueError where the tokenizer has tokens that the model has no embedding for."""
     beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         raise ValueError(
             f"The tokenizer of {source} has ids beyond the {rows} rows of the embeddings: {listed(beyond)}. Use the "
             "tokenizer published with the checkpoint."
         )
-    return tokenizer
 
 
 def link_or_copy(source: Path, target: Path) -> None:

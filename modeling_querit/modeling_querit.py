@@ -159,9 +159,7 @@ class QueritForSequenceClassification(PreTrainedModel):
             labels: `(batch_size,)` or `(batch_size, 1)`, relevance in [0, 1].
         """
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask.any(
-                dim=(1, 2)
-            ).long()  # of mteb's wrapper: all real tokens, as they are seen
+            attention_mask = attention_mask.any(dim=(1, 2)).long()  # of mteb's wrapper: all real tokens
         tokens: Any = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and position_ids is None and self._takes_position_ids:
             # A padded row has the positions of the same row alone.

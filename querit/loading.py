@@ -59,7 +59,7 @@ def load(
 
     Raises ValueError for what is no Querit reranker, OSError for what cannot be read or reached.
     """
-    from hub_card.convert import check_weight_files, read_tokenizer
+    from hub_card.convert import check_ids, check_weight_files, read_tokenizer
     from hub_card.from_sentence_transformers import check_one_head
     from modeling_querit.modeling_querit import QueritForSequenceClassification
     from modeling_querit.pipeline_querit import TextRankingPipeline
@@ -79,6 +79,7 @@ def load(
     check_one_head(folder)
     tokenizer = read_tokenizer(folder)
     model = QueritForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    check_ids(tokenizer, model.get_input_embeddings().num_embeddings, folder)
     if devices is not None:
         return DevicesPipeline(folder, model, tokenizer, devices, dtype)
     return TextRankingPipeline(model, tokenizer=tokenizer, device=device, dtype=dtype)

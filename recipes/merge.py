@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 
-from hub_card.convert import check_weight_files
+from hub_card.convert import check_weight_files, read_tokenizer
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from querit.files import appears_whole, file_hash, write_json
 
@@ -172,7 +172,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
 def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Name -> value of all that must be the same in checkpoints that are merged."""
     config = AutoConfig.from_pretrained(checkpoint.folder).to_dict()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = read_tokenizer(checkpoint.folder)
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {
         "config.model_type": config["model_type"],  # told first

@@ -283,6 +283,16 @@ def test_a_tokenizer_that_is_not_whole_is_refused(files, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_that_the_model_has_no_embedding_for_are_refused(tmp_path):
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["puffinry"])
+    tokenizer.save_pretrained(folder)
+    for use in (querit.load, lambda source: build(source, tmp_path / "out", CARD)):
+        with pytest.raises(ValueError, match=r"ids beyond the .* rows of the embeddings: puffinry"):
+            use(folder)
+
+
 def test_lengths_beyond_the_models_positions_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_length=513 is over the 512 positions"):
         build(folder_of("bert"), tmp_path / "out", CARD, max_length=513)

@@ -306,6 +306,7 @@ def test_first_stage_scores_are_fused_by_rank():
         set(first_stage),
         b"abcde",
         [*first_stage[:4], 10**400],
+        [*first_stage[:4], True],
     ):
         with pytest.raises(ValueError, match="one finite number for each document"):
             ranker(QUERY, DOCUMENTS, first_stage_scores=wrong)
@@ -333,7 +334,7 @@ def test_fusion_breaks_ties_by_the_models_order():
         ((" \n", DOCUMENTS), {}, ValueError, "The query is empty"),
         ((None, DOCUMENTS), {}, TypeError, "The query must be a string, not NoneType"),
         ((7, DOCUMENTS), {}, TypeError, "The query must be a string, not int"),
-        (([QUERY], DOCUMENTS), {}, TypeError, "For several queries give a list of"),
+        (([QUERY], DOCUMENTS), {}, TypeError, "for several give a list of requests"),
         ((), {}, TypeError, "Expected .query, documents."),
         ((None,), {}, TypeError, "not NoneType"),
         ((7,), {}, TypeError, "not int"),

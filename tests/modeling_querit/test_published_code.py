@@ -26,7 +26,9 @@ def trees() -> list[tuple[str, ast.Module]]:
 def test_four_files_and_less_than_a_thousand_lines():
     assert sorted(path.name for path in FOLDER.glob("*.py")) == ["__init__.py", *FILES]
     assert {path.name for path in FOLDER.iterdir() if path.is_file()} == {*FILES, "__init__.py", "chat_template.jinja"}
-    assert sum(len((FOLDER / name).read_text(encoding="utf-8").splitlines()) for name in FILES) < LINES
+    assert (
+        sum(len((FOLDER / name).read_text(encoding="utf-8").splitlines()) for name in (*FILES, "__init__.py")) < LINES
+    )
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -462,6 +462,7 @@ def infinite(folder):
 
 REFUSED = [
     (other_tokenizer, "differ in tokenizer.model"),
+    (lambda folder: (folder / "tokenizer_config.json").unlink(), "no tokenizer_config.json"),
     (other_padding, "tokenizer's special tokens"),
     (other_template, "differ in chat template"),
     (other_shape, r"differ in config.n_routed_experts \(8 against 4\)"),
