@@ -58,8 +58,10 @@ integrations: $(VENV)/test-installed
 	$(call install,.venv-vllm,-r tests/integrations/requirements-vllm.txt)
 	@# They come with it and do not fit its torch.
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	PYTHON_OF_VLLM=.venv-vllm/bin/python $(PYTEST) -o addopts= -q tests/integrations/test_vllm.py \
-		tests/integrations/test_oldest_engines.py
+	@[ -x .venv-infinity/bin/python ] || $(PYTHON) -m venv .venv-infinity
+	$(call install,.venv-infinity,-r tests/integrations/requirements-infinity.txt)
+	PYTHON_OF_VLLM=.venv-vllm/bin/python PYTHON_OF_INFINITY=.venv-infinity/bin/python $(PYTEST) -o addopts= -q \
+		tests/integrations/test_vllm.py tests/integrations/test_infinity.py tests/integrations/test_oldest_engines.py
 
 $(VENV)/demo-installed: pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) .ci/setup demo

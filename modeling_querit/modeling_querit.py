@@ -18,8 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-if TYPE_CHECKING:  # never run: transformers reads this line, and fetches the pipeline's files together with this one
+if TYPE_CHECKING:  # never run: transformers reads these lines and fetches the files; of any age, to be told below
     from .pipeline_querit import TextRankingPipeline  # noqa: F401
+    from .prompting_querit import PromptEncoder  # noqa: F401
+    from .scoring_querit import score_pairs  # noqa: F401
 
 OLDEST_TRANSFORMERS = "5.19.0"  # 5.17 and 5.18 do not load published code over a backbone of their own
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 19):

@@ -206,9 +206,7 @@ class _Engine:
                 ) from error
         self.budget = max(1, tokens // 2)
         logger.warning(f"Out of memory; going on with batch_tokens={self.budget}.")
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        torch.cuda.empty_cache()  # nothing elsewhere
 
 
 @lru_cache

