@@ -5,6 +5,9 @@
 A ranking loss fixes the differences of the logits within a query and leaves their level to chance. Platt scaling (Platt
 1999) fits sigmoid(a * logit + b) to known relevance; a and b go into the head. The order of documents does not change.
 Every other query fits; the others tell how far the probability can be trusted in each language: `reliability.json`.
+
+How many candidates are right is another number in every collection, and in the data here an accident of how negatives
+were drawn. So right and wrong pairs weigh the same, all told: the probability is that of relevance at even odds.
 """
 
 import shutil
@@ -42,8 +45,10 @@ class CalibrateArguments:
 
 
 def fit(logits: torch.Tensor, relevant: torch.Tensor) -> tuple[float, float]:
-    """(a, b) of sigmoid(a * logit + b), by maximum likelihood; `logits` and bool `relevant` of shape `(pairs,)`."""
-    model = LogisticRegression(C=float("inf")).fit(logits.double().reshape(-1, 1).numpy(), relevant.numpy())
+    """(a, b) of sigmoid(a * logit + b), by maximum likelihood at even odds; `logits`, bool `relevant` of `(pairs,)`."""
+    model = LogisticRegression(C=float("inf"), class_weight="balanced").fit(
+        logits.double().reshape(-1, 1).numpy(), relevant.numpy()
+    )
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
         raise ValueError("Higher logits go with less relevance here: this model ranks upside down on these data.")
@@ -69,19 +74,21 @@ def languages_of(query: str, documents: list[str]) -> str:
 
 
 def reliability(probabilities: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
-    """How far probabilities, `(pairs,)`, are the rates at which pairs are relevant, bool `(pairs,)`.
+    """How far probabilities, `(pairs,)`, are the rates at which pairs are relevant, bool `(pairs,)`, at even odds.
 
-    `ece` is the expected calibration error, sum over bins of n_b / n |rate_b - mean probability_b| (Naeini et al.
-    2015).
+    `ece` is the expected calibration error, sum over bins of w_b |rate_b - mean probability_b| (Naeini et al. 2015);
+    w_b is the bin's share of the pairs' weights, of which right and wrong pairs have half each.
     `right_mean` and `wrong_mean` are the mean probabilities of relevant and of other pairs, None where there are none.
     """
     places = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    weights = np.where(relevant, 1 / max(1, relevant.sum()), 1 / max(1, (~relevant).sum()))
+    weights /= weights.sum()
     bins, error = [], 0.0
     for place in range(BINS):
         inside = places == place
         if count := int(inside.sum()):
-            mean, rate = float(probabilities[inside].mean()), float(relevant[inside].mean())
-            error += count / len(probabilities) * abs(rate - mean)
+            mean, rate = (float(np.average(x[inside], weights=weights[inside])) for x in (probabilities, relevant))
+            error += float(weights[inside].sum()) * abs(rate - mean)
             bins.append({"from": place / BINS, "n": count, "probability": round(mean, 4), "relevant": round(rate, 4)})
     means = (probabilities[relevant], probabilities[~relevant])
     right, wrong = (round(float(values.mean()), 4) if len(values) else None for values in means)

@@ -16,7 +16,8 @@ def test_fit_finds_the_curve_that_drew_the_labels():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20000, generator=generator) * 3
     relevant = torch.rand(20000, generator=generator) < torch.sigmoid(0.7 * logits - 1.2)
-    assert fit(logits, relevant) == pytest.approx((0.7, -1.2), abs=0.06)
+    odds = (~relevant).sum() / relevant.sum()  # King and Zeng 2001: weights by class move the intercept by their log
+    assert fit(logits, relevant) == pytest.approx((0.7, -1.2 + odds.log().item()), abs=0.06)
     with pytest.raises(ValueError, match="upside down"):
         fit(-logits, relevant)
 
@@ -33,12 +34,16 @@ def test_rescale_moves_the_logit_as_told(kind):
 
 def test_reliability_by_hand():
     found = reliability(np.array([0.95, 0.85, 0.81, 0.05, 1.0]), np.array([True, True, False, False, True]))
-    # Bins 0.9 (0.95 and 1.0, both relevant), 0.8 (0.85 and 0.81, one relevant), 0.0 (0.05, not).
-    assert found["ece"] == pytest.approx((2 * 0.025 + 2 * 0.33 + 1 * 0.05) / 5, abs=1e-4)
+    # Bins 0.9 (0.95 and 1.0, both relevant), 0.8 (0.85 and 0.81, one relevant), 0.0 (0.05, not). A right pair weighs a
+    # sixth, a wrong one a quarter.
+    second = (0.85 / 6 + 0.81 / 4) / (5 / 12)
+    assert found["ece"] == pytest.approx(1 / 3 * 0.025 + 5 / 12 * (second - 0.4) + 1 / 4 * 0.05, abs=1e-4)
+    alone = reliability(np.array([0.2, 0.4]), np.array([False, False]))
+    assert alone["ece"] == pytest.approx(0.3) and alone["right_mean"] is None
     assert found["right_mean"] == pytest.approx(2.8 / 3, abs=1e-4) and found["wrong_mean"] == pytest.approx(0.43)
     assert [(entry["from"], entry["n"], entry["relevant"]) for entry in found["bins"]] == [
         (0.0, 1, 0.0),
-        (0.8, 2, 0.5),
+        (0.8, 2, 0.4),
         (0.9, 2, 1.0),
     ]
 
@@ -62,7 +67,7 @@ def judged_rows(ranker):
     return rows
 
 
-def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_probability(tmp_path):
+def test_a_calibrated_folder_ranks_as_before_with_probabilities_at_even_odds(tmp_path):
     ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True)
     rows = judged_rows(ranker)
     Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
@@ -76,17 +81,18 @@ def test_a_calibrated_folder_ranks_as_before_with_the_rate_of_relevance_as_mean_
     )  # fmt: skip
     assert (tmp_path / "out" / "merge.json").read_text() == '{"method": "slerp"}'
     calibrated = pipeline("text-ranking", model=str(tmp_path / "out"), trust_remote_code=True)
-    probabilities = []
+    right, wrong = [], []
     for row in rows[16::2]:  # those that fit
         before, after = (r(row["query"], row["documents"], max_length=48) for r in (ranker, calibrated))
         assert [x["index"] for x in before] == [x["index"] for x in after]
-        probabilities += [x["probability"] for x in after]
+        for x in after:
+            (right if row["relevant"][x["index"]] else wrong).append(x["probability"])
     table = json.loads((tmp_path / "out" / "reliability.json").read_text())
     assert sum(entry["n"] for entry in table.values()) == 6 * len(
         rows[17::2]
     )  # measured on others than it was fitted on
-    # A property of maximum likelihood with an intercept: the mean prediction is the rate.
-    assert sum(probabilities) / len(probabilities) == pytest.approx(1 / 6, abs=5e-3)
+    # A property of maximum likelihood with an intercept: the mean prediction is the rate, here a half.
+    assert (np.mean(right) + np.mean(wrong)) / 2 == pytest.approx(1 / 2, abs=5e-3)
 
 
 def test_what_stands_at_the_output_is_kept(tmp_path, capsys):
