@@ -64,12 +64,15 @@ def in_words(config: dict[str, Any]) -> str:
     start = Path(config.get("model_name_or_path", "")).name
     if "train_data" in config:
         queries = f"up to {config['max_groups']:,} queries" if config.get("max_groups") else "all queries"
+        states = f" and the states of `{Path(config['states_teacher']).name}`" if config.get("states_teacher") else ""
         return (
-            f"`{start}`, trained on {queries} of `{Path(config['train_data']).name}`: loss {config['loss']}, pairs of "
-            f"up to {config['max_length']} tokens, learning rate {float(config['learning_rate']):g}"
+            f"`{start}`, trained on {queries} of `{Path(config['train_data']).name}`: loss {config['loss']}{states}, "
+            f"pairs of up to {config['max_length']} tokens, learning rate {float(config['learning_rate']):g}"
         )
     if "method" in config and "models" in config:
-        return f"{config['method']} of " + ", ".join(f"`{Path(model).name}`" for model in config["models"])
+        weights = [f" ({weight:g})" for weight in config.get("weights", [])] or [""] * len(config["models"])
+        named = (f"`{Path(model).name}`{weight}" for model, weight in zip(config["models"], weights, strict=True))
+        return f"{config['method']} of " + ", ".join(named)
     if "first_group" in config:
         queries = f"{config['groups']} queries" if "groups" in config else "queries"
         return f"`{start}`, its head scaled on {queries} so that the probability means what it says"

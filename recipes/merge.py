@@ -18,7 +18,7 @@ has no such head, and of DeepSeek-V3's split experts below a dense first layer i
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib.metadata import version
@@ -65,6 +65,9 @@ class MergeArguments:
     weights: list[float] = field(
         default_factory=list, metadata={"help": "The other methods: weight of each model; equal if not given."}
     )
+    first_only: list[str] = field(
+        default_factory=list, metadata={"help": "Tensors with these in their name stay the first model's."}
+    )
     dtype: str = field(
         default="float32", metadata={"help": "Of the arithmetic, float32 or float64; files keep theirs."}
     )
@@ -108,6 +111,8 @@ def check_arguments(args: MergeArguments) -> None:
         raise ValueError(f"dtype is {args.dtype!r}; the arithmetic is done in {' or '.join(DTYPES)}.")
     if unknown := set(args.revisions) - set(args.models):
         raise ValueError(f"revisions names {', '.join(sorted(unknown))}, which is not among the models.")
+    if "" in args.first_only:
+        raise ValueError("first_only has an empty name, which is in every tensor's: nothing would be merged.")
     if args.weights and args.method == "slerp":
         raise ValueError("slerp takes t, one number a step, and no weights.")
     if args.t and args.method != "slerp":
@@ -251,14 +256,19 @@ def tensors_of(models: list[Checkpoint], title: str) -> Iterator[tuple[str, list
 
 
 def merge_weights(
-    models: list[Checkpoint], method: str, steps: list[Step], weights: list[float], dtype: torch.dtype, folder: Path
+    models: list[Checkpoint], args: MergeArguments, steps: list[Step], weights: list[float], folder: Path
 ) -> None:
     """Write the merged tensors into `folder`, each in the widest dtype that it has among the inputs."""
+    method, dtype = args.method, DTYPES[args.dtype]
     writer = TensorWriter(str(folder), max_shard_size=SHARD_BYTES)
     for name, tensors in tensors_of(models, f"{method}: merging"):
         out_dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         work_dtype = torch.promote_types(dtype, out_dtype)
-        if not out_dtype.is_floating_point:
+        if stays(name, args.first_only):
+            merged, out_dtype = tensors[0], tensors[0].dtype
+            for step in steps:
+                step.count_identical(merged)
+        elif not out_dtype.is_floating_point:
             if not all_equal(tensors):
                 raise ValueError(f"{name} holds whole numbers that differ between the models; it cannot be merged.")
             merged = tensors[0]
@@ -275,7 +285,13 @@ def merge_weights(
     writer.finalize()
 
 
-def check_merged(merged: Checkpoint, models: list[Checkpoint], weights: list[float]) -> None:
+def stays(tensor: str, first_only: Sequence[str]) -> bool:
+    return any(part in tensor for part in first_only)
+
+
+def check_merged(
+    merged: Checkpoint, models: list[Checkpoint], weights: list[float], first_only: Sequence[str] = ()
+) -> None:
     """Raise ValueError unless the files of a merge hold all that the models hold, every tensor merged and finite.
 
     A tensor may equal an input's only where the weighted mean is that input's too, to rounding: all of them are equal,
@@ -289,6 +305,8 @@ def check_merged(merged: Checkpoint, models: list[Checkpoint], weights: list[flo
     if strange := [name for name, shape in merged.shapes.items() if expected.get(name) != shape]:
         raise ValueError(f"{merged.name} has {some(strange)}, which no model has in that shape.")
     for name, (out, *tensors) in tensors_of([merged, *models], "checking"):
+        if stays(name, first_only):
+            tensors = tensors[:1]
         out_dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         if out.dtype != out_dtype:
             raise ValueError(f"{merged.name} has {name} in {out.dtype}, the models in {out_dtype}.")
@@ -375,6 +393,7 @@ def main(args: MergeArguments) -> None:
         for model in models
     ]
     wanted = {"method": args.method, "models": inputs, "t": ratios, "weights": weights, "dtype": args.dtype}
+    wanted |= {"first_only": args.first_only} if args.first_only else {}
     out = Path(args.output_dir)
     if out.exists():
         there = json.loads((out / REPORT).read_text(encoding="utf-8")) if (out / REPORT).exists() else {}
@@ -389,9 +408,9 @@ def main(args: MergeArguments) -> None:
     with appears_whole(out) as folder:
         folder.mkdir()
         steps = [Step(model, t) for model, t in zip(args.models[1:], ratios, strict=False)]
-        merge_weights(models, args.method, steps, weights, DTYPES[args.dtype], folder)
+        merge_weights(models, args, steps, weights, folder)
         copy_files(models, folder)
-        check_merged(open_checkpoint("the merge", folder), models, weights)
+        check_merged(open_checkpoint("the merge", folder), models, weights, args.first_only)
         write_json(folder / REPORT, {**wanted, **report_of(models, steps), "sha256": hashes(folder)})
 
 

@@ -114,8 +114,12 @@ def chosen_stages(folder: Path) -> dict[str, Stage]:
     ends = (merge.config["models"][0], merge.config["models"][-1])
     adapted = [name for name, stage in stages.items() if str(stage.output) in ends]
     kept = with_makers(adapted, stages) | {merge.name, evaluate.name}
-    # with the training that stands between the merge and its calibration
-    kept |= {name for stage in stages.values() if stage.script == "calibrate" for name in (stage.name, *stage.after)}
+    # with what stands between the merge and the calibration of what came of it
+    waiting = [name for name, stage in stages.items() if stage.script == "calibrate"]
+    while waiting:
+        if (name := waiting.pop()) not in kept:
+            kept.add(name)
+            waiting += stages[name].after
     return {name: stage for name, stage in stages.items() if name in kept}
 
 
@@ -147,6 +151,8 @@ def tiny_recipe(member: str, server: Server, monkeypatch) -> None:
         config: dict[str, Any] = stage.config | SIZES.get(stage.script, {})
         if member == "querit-nano" and "max_length" in config:
             config["max_length"] = 64  # the tiny retriever's limit
+        if "states_layers" in config:
+            config["states_layers"] = [1, 3]
         if stage.script == "backbone":
             kind = {"querit-4b": "qwen3", "querit-a0.4b": "deepseek_v3"}[member]
             config["source"] = str(plain_backbone(Path("tiny/backbone"), kind))
@@ -225,7 +231,7 @@ def up_to_date(stages: list[Stage], names: list[str]) -> bool:
 
 def check_result(stages: list[Stage]) -> None:
     """What is released ranks, and the results tell of the models that were measured."""
-    (merged,) = [stage for stage in stages if stage.script == "merge"]
+    merged = next(stage for stage in stages if stage.script == "merge")
     assert len(merged.config["models"]) == 2
     released = next((stage for stage in stages if stage.script == "calibrate"), merged)
     ranker = pipeline("text-ranking", model=str(released.output), trust_remote_code=True)

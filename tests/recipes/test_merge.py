@@ -243,6 +243,20 @@ def test_linear_is_the_weighted_mean(weights, tmp_path):
         np.testing.assert_allclose(tensor.numpy(), mean, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_tensors_that_are_the_first_models_only_stay_its(method, tmp_path):
+    models = checkpoints("qwen3")[::2]
+    result = merged(tmp_path, models, method=method, first_only=["embed_tokens", ".mlp."])
+    first, second = map(weights_of, models)
+    for name, tensor in result.items():
+        kept = "embed_tokens" in name or ".mlp." in name
+        assert torch.equal(tensor, first[name]) == (kept or torch.equal(first[name], second[name])), name
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["first_only"] == ["embed_tokens", ".mlp."]
+    opened = [open_checkpoint(str(model), model) for model in models]
+    with pytest.raises(ValueError, match="was not merged: it is still that of"):
+        check_merged(open_checkpoint("the merge", tmp_path / "out"), opened, [0.5, 0.5])
+
+
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
 def test_the_means_on_the_sphere_are_half_way_between_two_directions(method, tmp_path):
     a, _, c = checkpoints("bert")
@@ -546,6 +560,7 @@ def test_what_a_killed_merge_left_is_cleared_away(tmp_path):
         ({"method": "linear", "t": [0.5, 0.5]}, "linear takes weights"),
         ({"method": "linear", "weights": [1.0, 2.0]}, "must be 3 numbers above 0"),
         ({"method": "karcher", "weights": [1.0, 0.0, 2.0]}, "must be 3 numbers above 0"),
+        ({"first_only": [""]}, "an empty name"),
         ({"revisions": {"d": "main"}}, "names d, which is not among"),
         ({"models": ["no/such/folder", "b"]}, "no/such/folder is no folder"),
     ],
