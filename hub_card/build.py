@@ -59,7 +59,7 @@ def build(
     check_weight_files(source)
     tokenizer = read_tokenizer(source)
     model = load_checkpoint(source, dtype)
-    check_ids(tokenizer, model.get_input_embeddings().num_embeddings, source)
+    check_ids(tokenizer, len(model.get_input_embeddings().weight), source)  # type: ignore[arg-type]
     positions = getattr(model.config, "max_position_embeddings", None)
     own = tokenizer.model_max_length  # of some that is beyond their positions, and cuts nothing
     if max_length and positions and max_length > positions and max_length != own:

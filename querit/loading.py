@@ -79,7 +79,7 @@ def load(
     check_one_head(folder)
     tokenizer = read_tokenizer(folder)
     model = QueritForSequenceClassification.from_pretrained(folder, dtype=dtype)
-    check_ids(tokenizer, model.get_input_embeddings().num_embeddings, folder)
+    check_ids(tokenizer, len(model.get_input_embeddings().weight), folder)
     if devices is not None:
         return DevicesPipeline(folder, model, tokenizer, devices, dtype)
     return TextRankingPipeline(model, tokenizer=tokenizer, device=device, dtype=dtype)

@@ -18,8 +18,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-if TYPE_CHECKING:  # never run: transformers reads this line, and fetches the pipeline's files together with this one
+if TYPE_CHECKING:  # never run: transformers reads these lines and fetches the files; of any age, to be told below
     from .pipeline_querit import TextRankingPipeline  # noqa: F401
+    from .prompting_querit import PromptEncoder  # noqa: F401
+    from .scoring_querit import score_pairs  # noqa: F401
 
 OLDEST_TRANSFORMERS = "5.19.0"  # 5.17 and 5.18 do not load published code over a backbone of their own
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 19):
@@ -159,9 +161,7 @@ class QueritForSequenceClassification(PreTrainedModel):
             labels: `(batch_size,)` or `(batch_size, 1)`, relevance in [0, 1].
         """
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask.any(
-                dim=(1, 2)
-            ).long()  # of mteb's wrapper: all real tokens, as they are seen
+            attention_mask = attention_mask.any(dim=(1, 2)).long()  # of mteb's wrapper: all real tokens
         tokens: Any = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and position_ids is None and self._takes_position_ids:
             # A padded row has the positions of the same row alone.

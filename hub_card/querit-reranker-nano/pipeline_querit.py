@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from math import isfinite
+from math import isfinite, nan
 from numbers import Integral, Real
 from typing import Any
 
@@ -181,8 +181,7 @@ class TextRankingPipeline(Pipeline):
         return score_pairs(self.model, pairs, *options)
 
     def encoder(self, max_length: int) -> PromptEncoder:
-        if self._encoder is None:
-            self._encoder = PromptEncoder(self.tokenizer, self.max_length)
+        self._encoder = self._encoder or PromptEncoder(self.tokenizer, self.max_length)
         return self._encoder.limited(max_length)
 
 
@@ -219,8 +218,7 @@ def _read_request(request: Any, number: str = "") -> tuple[str, list]:
         )
     query, documents = request["query"], request.get("documents", request.get("texts"))
     if not isinstance(query, str):
-        several = ' For several queries give a list of {"query": ..., "documents": [...]}.'
-        raise TypeError(f"The query must be a string, not {type(query).__name__}.{several}")
+        raise TypeError(f"The query must be a string, not {type(query).__name__}; for several give a list of requests.")
     if not query.strip():
         raise ValueError("The query is empty.")
     if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
@@ -237,7 +235,8 @@ def _read_request(request: Any, number: str = "") -> tuple[str, list]:
 
 def check_first_stage(scores: Any, requests: list[tuple[str, list]]) -> list[list[float]]:
     try:
-        rows = [[float(score) for score in row] for row in scores if not isinstance(row, str | bytes | Mapping | Set)]
+        given = [row for row in scores if not isinstance(row, str | bytes | Mapping | Set)]
+        rows = [[nan if isinstance(score, bool) else float(score) for score in row] for row in given]
     except (TypeError, ValueError, OverflowError):
         rows = []
     if [len(row) for row in rows] != [len(documents) for _, documents in requests] or not all(

@@ -172,16 +172,13 @@ class PromptEncoder:
         if not isinstance(query, str) or not isinstance(instruction, str | None):
             raise TypeError("query and instruction must be strings.")
         frame = self._frame(instruction)
-        words_tokens, lead_tokens = self._tokenize([frame.before + frame.between, frame.lead])
-        words = len(words_tokens.ids)
-        least = max(1, len(lead_tokens.ids))  # tokens of the shortest document
+        words, lead = (len(tokens.ids) for tokens in self._tokenize([frame.before + frame.between, frame.lead]))
+        least = max(1, lead)  # tokens of the shortest document
         fixed = len(frame.head) + words + len(frame.middle) + len(frame.suffix)
         room = self.max_length - fixed
         if room < 1 + least:
-            words_of, shorten = (
-                ("the instruction", "shorten it, or ") if instruction else ("the prompt's own words", "")
-            )
-            fix = f"{shorten}raise it to at least {fixed + 1 + least}."
+            words_of, fix = ("the instruction", "shorten it, or ") if instruction else ("the prompt's own words", "")
+            fix += f"raise it to at least {fixed + 1 + least}."
             raise ValueError(f"max_length={self.max_length} is too small for {words_of} and a document: {fix}")
         cap = min(max(1, int(QUERY_SHARE * room)), room - least)
         tokens, kept = self._fit(frame.before, query, frame.between, words + cap)
@@ -239,11 +236,10 @@ class PromptEncoder:
         return self._spelled[token_id]
 
     def _frame(self, instruction: str | None) -> _Frame:
-        kind = bool(instruction) and bool(self.tokenizer.chat_template)
+        template = bool(self.tokenizer.chat_template)
+        kind = bool(instruction) and template
         if kind not in self._templates:
-            self._templates[kind] = (
-                self._chat_frame(kind) if self.tokenizer.chat_template else _pair_frame(self.tokenizer)
-            )
+            self._templates[kind] = self._chat_frame(kind) if template else _pair_frame(self.tokenizer)
         opening, frame = self._templates[kind]
         if not instruction:
             return frame
@@ -278,8 +274,8 @@ class PromptEncoder:
 
 def _pair(prompt: _Prompt, tokens: _Tokens, span: tuple[int, int], document_was_cut: bool) -> EncodedPair:
     truncated = prompt.query_was_cut or document_was_cut
-    frame = prompt.frame
-    return EncodedPair(prompt.prefix, tuple(tokens.ids), frame.suffix, truncated, span, frame.document_type)
+    suffix, document_type = prompt.frame.suffix, prompt.frame.document_type
+    return EncodedPair(prompt.prefix, tuple(tokens.ids), suffix, truncated, span, document_type)
 
 
 def _pair_frame(tokenizer: Any) -> tuple[str, _Frame]:

@@ -64,12 +64,11 @@ def score_pairs(
     The same pair gets the same logit to `TOLERANCE[model.dtype]`, whatever stands beside it. Raises
     `NonFiniteScoreError` naming the pair, MemoryError when a single pair does not fit.
     """
-    if batch_tokens is None:
-        batch_tokens = default_batch_tokens(model)
+    batch_tokens = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     able = can_share_prefix(model)
     if shared_prefix and not able:
         raise ValueError(
-            "shared_prefix needs a causal backbone with full attention, read out at its last token; leave it at None."
+            "shared_prefix needs a causal backbone with full attention, read at its last token; give None."
         )
     numbers: dict[EncodedPair, int] = {}
     places = [numbers.setdefault(pair._replace(truncated=False, span=None), len(numbers)) for pair in pairs]
@@ -82,9 +81,9 @@ def score_pairs(
     engine = _Engine(model, unique, pad_token_id or 0, batch_tokens)
     was_training = model.training
     model.eval()
-    hide = None if progress else True  # None: where there is no terminal
+    bar = tqdm(total=len(unique), desc="Scoring", unit="pair", delay=3, disable=None if progress else True)
     try:
-        with torch.inference_mode(), tqdm(total=len(unique), desc="Scoring", unit="pair", delay=3, disable=hide) as bar:
+        with torch.inference_mode(), bar:
             for batch, values in chain(engine.whole(alone), *map(engine.shared, together)):
                 logits[batch] = values
                 bar.update(len(batch))
@@ -207,9 +206,7 @@ class _Engine:
                 ) from error
         self.budget = max(1, tokens // 2)
         logger.warning(f"Out of memory; going on with batch_tokens={self.budget}.")
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        torch.cuda.empty_cache()  # nothing elsewhere
 
 
 @lru_cache
