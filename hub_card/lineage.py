@@ -74,6 +74,6 @@ def in_words(config: dict[str, Any]) -> str:
         named = (f"`{Path(model).name}`{weight}" for model, weight in zip(config["models"], weights, strict=True))
         return f"{config['method']} of " + ", ".join(named)
     if "first_group" in config:
-        queries = f"{config['groups']} queries" if "groups" in config else "queries"
+        queries = f"up to {config['groups']} queries" if "groups" in config else "queries"
         return f"`{start}`, its head scaled on {queries} so that the probability means what it says"
     return ""

@@ -190,6 +190,8 @@ def main(args: CrosslingualArguments) -> None:
     if not already_made(output, asdict(args)):
         tokenizer = AutoTokenizer.from_pretrained(args.base)
         dictionary = json.loads((Path(args.base) / DICTIONARY).read_text(encoding="utf-8"))
+        if wrong := [name for name, weight in args.languages.items() if name not in dictionary or weight <= 0]:
+            raise ValueError(f"languages: {wrong[0]} must be one of {', '.join(dictionary)}, with a weight above 0.")
         builder = Builder(tokenizer, dictionary, args.candidates, random.Random(args.seed), args.languages)
         work.mkdir(parents=True, exist_ok=True)
         items = work / "groups.parquet"

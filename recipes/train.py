@@ -374,7 +374,11 @@ def load_states_teacher(script: ScriptArguments, args: RewardConfig) -> QueritFo
         return None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options: dict[str, Any] = {"attn_implementation": script.attn_implementation, "dtype": dtype}
-    return QueritForSequenceClassification.from_pretrained(script.states_teacher, **options).eval()
+    teacher = QueritForSequenceClassification.from_pretrained(script.states_teacher, **options).eval()
+    layers = teacher.config.num_hidden_layers
+    if beyond := [layer for layer in script.states_layers if not 1 <= layer <= layers]:
+        raise ValueError(f"states_layers names layer {beyond[0]}, but {script.states_teacher} has {layers}.")
+    return teacher
 
 
 def main(script: ScriptArguments, args: RewardConfig) -> None:

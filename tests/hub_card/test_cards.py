@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hub_card.build import SUMS
 from hub_card.card import TEMPLATES, member_of, members, reliability_table, render, sources_of
 from hub_card.engines import OLDEST_FOR_BERT, OLDEST_FOR_OTHERS, installed_ranker
-from hub_card.lineage import data_sets, stages_of
+from hub_card.lineage import data_sets, in_words, stages_of
 from querit import cli
 from tests.hub_card.folders_for_tests import CARDS, DEV, NANO, ROOT, SYSTEM, built
 
@@ -324,5 +324,10 @@ def test_the_stages_of_a_model_are_found_from_its_output(tmp_path):
     stages = stages_of(tmp_path, "runs/m")
     assert [stage.name for stage in stages] == ["1_score", "1_train", "2_mine", "5_merge"]
     assert data_sets(stages) == ["x-en", "x-de"]
+    weighed = {"models": ["runs/a", "runs/b"], "method": "linear", "weights": [0.88, 0.12]}
+    assert in_words(weighed) == "linear of `a` (0.88), `b` (0.12)"
+    trained = {"train_data": "a.parquet", "loss": "distil", "max_length": 64, "learning_rate": 1e-4}
+    assert "and the states of `base`" in in_words(trained | {"states_teacher": "runs/base"})
+    assert "states" not in in_words(trained)
     with pytest.raises(ValueError, match=r"No YAML of .* writes runs/none"):
         stages_of(tmp_path, "runs/none")

@@ -96,7 +96,10 @@ def test_labels_are_the_teachers_logits_of_the_english_sides(folder, rows):
         if row["target"] in ("monolingual", "pooled"):
             assert row["scores"] == [4.3 if relevant else -4.3 for relevant in row["relevant"]]
             assert row["relevant"] == [True, False, False, False]
+            assert row["english_query"] == "" and row["english_documents"] == []
             continue
+        assert in_english(row["query"]) == in_english(row["english_query"])
+        assert list(map(in_english, row["documents"])) == list(map(in_english, row["english_documents"]))
         for document, score in zip(row["documents"], row["scores"], strict=True):
             inputs = tokenizer(in_english(row["query"]), in_english(document), return_tensors="pt")
             with torch.no_grad():
@@ -123,6 +126,16 @@ def test_the_same_seed_gives_the_same_file(folder, rows, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="mix names riddles, of which the sources make none"):
         main(arguments(folder, "other.parquet", mix={"riddles": 3}))
+
+
+def test_languages_are_drawn_by_their_weights(folder):
+    builder = Builder(None, {"de": WORDS, "ja": CHARACTERS}, 4, random.Random(0), {"ja": 3.0})
+    drawn = [builder.draw_languages(["de", "ja"])[0] for _ in range(4000)]
+    assert drawn.count("ja") / 4000 == pytest.approx(3 / 4, abs=0.03)  # de, left out, has 1
+    assert sorted(builder.draw_languages(["de", "ja"], 5)) == ["de", "ja"]
+    for wrong in ({"fr": 1.0}, {"de": 0.0}):
+        with pytest.raises(ValueError, match="must be one of de, ja, with a weight above 0"):
+            main(arguments(folder, "other.parquet", languages=wrong))
 
 
 def test_training_reads_them(folder, rows):

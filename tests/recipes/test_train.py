@@ -194,7 +194,12 @@ def test_states_of_the_english_sides_are_learnt(made, tmp_path):
         apart[weight] = [row["states_apart"] for row in history if "states_apart" in row]
     assert apart[0.0][0] == apart[3.0][0] and apart[3.0][-1] < 0.5 * apart[0.0][-1]
     with pytest.raises(ValueError, match="no English sides"):
-        run(made, tmp_path / "x", "distil", states_teacher=str(start))
+        run(made, tmp_path / "x", "distil", states_teacher=str(start), states_layers=[1])
+    with pytest.raises(ValueError, match="states_layers names layer 9, but"):
+        run(
+            made, tmp_path / "z", "distil", train_data=str(tmp_path / "groups.parquet"), states_teacher=str(start),
+            states_layers=[9],
+        )  # fmt: skip
     with pytest.raises(ValueError, match="goes with loss: distil"):
         run(made, tmp_path / "y", "kl", states_teacher=str(start))
 
