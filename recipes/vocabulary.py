@@ -15,11 +15,11 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, trainers
 from tqdm import tqdm
 from trl import TrlParser
 from wordfreq import top_n_list, word_frequency
@@ -45,6 +45,7 @@ REPORT = "vocabulary.json"
 RANKED_ONLY = ("ko", "ja", "zh")  # wordfreq's words of these are cut by rules of its own: their order counts alone
 # What a piece of a language looks like; all others are taken to be written in Latin letters.
 SCRIPTS = {"ru": "[а-яё]", "ja": f"[{CJK}]", "zh": f"[{CJK}]", "ko": f"[{HANGUL}]"}
+LETTER = r"\w"
 CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
 
 
@@ -55,6 +56,10 @@ class VocabularyArguments:
     texts: dict[str, list[str]] = field(metadata={"help": "Language -> BEIR folders (no judged sets); English first."})
     words: dict[str, int] = field(metadata={"help": "Language -> whole words to take."})
     parts: dict[str, int] = field(metadata={"help": "Language -> parts of words to take."})
+    english: int | None = field(
+        default=None, metadata={"help": "The teacher's pieces to take, those used most; all of them if left out."}
+    )
+    syllables: int = field(default=350, metadata={"help": "Couples of letters among the parts, for names."})
     parallel: list[str] = field(default_factory=list, metadata={"help": "Files of recipes.lib.parallel, read as text."})
     max_characters: int = field(default=4_000_000, metadata={"help": "Characters of text read per language."})
     cjk_characters: int = field(default=4700, metadata={"help": "Chinese and Japanese characters to take."})
@@ -119,48 +124,99 @@ def character_pieces(shares: Counter[str], args: VocabularyArguments) -> Iterato
                 yield character
 
 
-def word_pieces(language: str, counts: Counter[str], cut: Callable[[str], list[str]], text_weight: float) -> list[str]:
-    """Whole words of a language as pieces, most frequent first. `cut` is the way from a text to its words."""
-    scores: Counter[str] = Counter()
+def word_shares(
+    language: str, counts: Counter[str], cut: Callable[[str], list[str]], text_weight: float
+) -> Counter[str]:
+    """Whole words of a language as pieces -> what they are worth. `cut` is the way from a text to its words."""
+    shares: Counter[str] = Counter()
     if language in RANKED_ONLY:
         for rank, word in enumerate(top_n_list(language, 30_000)):
             (piece, *more) = cut(word) or [""]
             if not more and re.fullmatch(f"{START}?[{CJK}{HANGUL}]{{2,}}", piece):
-                scores.setdefault(piece, 1 / (rank + 10))  # type: ignore[arg-type]
-    else:
-        total = sum(counts.values())
-        for word, count in counts.items():
-            scores[word] += text_weight * count / total  # type: ignore[assignment]
-        for word in top_n_list(language, 60_000):
-            for piece in cut(word):
-                scores[piece] += (1 - text_weight) * word_frequency(word, language)  # type: ignore[assignment]
-        letters = SCRIPTS.get(language, r"\w")
-        shape = re.compile(f"{START}{letters}{{2,}}")
-        scores = Counter({w: s for w, s in scores.items() if shape.fullmatch(w) and w[1:].isalpha()})
-    return sorted(scores, key=lambda piece: (-scores[piece], piece))
+                shares.setdefault(piece, 1 / (rank + 10))  # type: ignore[arg-type]
+        return shares
+    total = sum(counts.values())
+    for word, count in counts.items():
+        shares[word] += text_weight * count / total  # type: ignore[assignment]
+    for word in top_n_list(language, 200_000):
+        for piece in cut(word):
+            shares[piece] += (1 - text_weight) * word_frequency(word, language)  # type: ignore[assignment]
+    shape = re.compile(f"{START}{SCRIPTS.get(language, LETTER)}{{2,}}")
+    return Counter({word: share for word, share in shares.items() if shape.fullmatch(word) and word[1:].isalpha()})
 
 
-def part_pieces(language: str, words: Counter[str]) -> list[str]:
-    """Parts of words, by how many characters they would save: beginnings and endings, or any where `▁` is not written.
+def by_share(shares: Counter[str]) -> list[str]:
+    return sorted(shares, key=lambda piece: (-shares[piece], piece))
 
-    `words` are those that have no piece of their own, with their counts.
+
+def part_pieces(
+    language: str, words: Counter[str], most: int, syllables: int = 0, known: Collection[str] = ()
+) -> list[str]:
+    """Parts of words that have no piece of their own, best first. `words` says how often each is used, or its share.
+
+    Where words are spelt in an alphabet: stems and endings, as a Unigram model learns them (Kudo 2018, "Subword
+    Regularization"), after the commonest couples of letters, for names. Where they are not: starts and ends (Korean)
+    or any run of two or three characters, by how many characters they save.
     """
-    letters = SCRIPTS.get(language, "[a-zß]")
     saved: Counter[str] = Counter()
+    if language not in RANKED_ONLY:
+        rows = words.most_common(90_000)
+        # The root of a share: an ending is worth what many words have, not what the commonest one has.
+        counts = {word: max(1, round(60 * math.sqrt(share / rows[0][1]))) for word, share in rows}
+        for word, count in counts.items():
+            for start in range(1, len(word) - 1):
+                saved[word[start : start + 2]] += count
+        couples = [piece for piece, _ in saved.most_common(syllables)]
+        size, pieces = most, couples
+        # Some of a model's pieces are known from another language: then a larger one is asked.
+        while len([piece for piece in dict.fromkeys(pieces) if piece not in known]) < most and size < 10 * most:
+            size = size * 5 // 4 + 100
+            pieces = [*couples, *unigram_parts(counts, size)]
+        return pieces
+    letters = SCRIPTS[language]
     for word, count in Counter({w: c for w, c in words.items() if re.search(letters, w)}).most_common(60_000):
         body = word.strip(START)
         if word.startswith(START):
-            for size in range(2, 5 if language == "ko" else 8):
+            for size in range(2, 5):
                 if len(body) > size:
                     saved[body[-size:]] += count * (size - 1)
-                    if language == "ko" or size > 3:
-                        saved[START + body[:size]] += count * (size - 1)
+                    saved[START + body[:size]] += count * (size - 1)
         else:
             for size in (2, 3):
                 for start in range(len(body) - size + 1):
                     saved[body[start : start + size]] += count * (size - 1)
-    ordered = sorted(saved.items(), key=lambda item: -item[1])
-    return [piece for piece, _ in ordered if len(piece.strip(START)) > 1]
+    return [piece for piece, _ in saved.most_common() if len(piece.strip(START)) > 1]
+
+
+def unigram_parts(counts: dict[str, int], size: int) -> list[str]:
+    """The pieces of two letters and more of a Unigram model of so many pieces, best first."""
+    tokenizer = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, max_piece_length=14, shrinking_factor=0.75, unk_token=SPECIAL["unk"], show_progress=False
+    )
+    tokenizer.train_from_iterator((word for word, count in counts.items() for _ in range(count)), trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    return [piece for piece, _ in pieces if len(piece.strip(START)) > 1 and piece != SPECIAL["unk"]]
+
+
+def used_most(pieces: Iterable[str], counts: Counter[str], most: int | None) -> set[str]:
+    """The English pieces that texts and wordfreq's words are cut into most often, and all of a single character."""
+    pieces = list(pieces)
+    if most is None or len(pieces) <= most:
+        return set(pieces)
+    used: Counter[str] = Counter({piece: 10**9 for piece in pieces if len(piece.strip(START)) < 2})
+    total = sum(counts.values())
+    shares = Counter({word: count / total for word, count in counts.items()})
+    cut = word_cutter()
+    for word in top_n_list("en", 100_000):
+        for piece in cut(word):
+            shares[piece] += word_frequency(word, "en")  # type: ignore[assignment]
+    words = list(shares)
+    flat = unigram(dict.fromkeys([*SPECIAL.values(), *pieces], -10.0))  # as few pieces as there can be
+    for word, encoding in zip(words, flat.encode_batch(words, add_special_tokens=False), strict=True):
+        for piece in encoding.tokens:
+            used[piece] += shares[word]  # type: ignore[assignment]
+    return set(sorted(pieces, key=lambda piece: -used[piece])[:most])
 
 
 def choose_pieces(teacher: Tokenizer, counts: dict[str, Counter[str]], args: VocabularyArguments) -> dict[str, str]:
@@ -181,14 +237,19 @@ def choose_pieces(teacher: Tokenizer, counts: dict[str, Counter[str]], args: Voc
                 added += 1
 
     ids = teacher.get_vocab()
-    add(filter(None, map(from_wordpiece, sorted(ids, key=ids.__getitem__))), "english")
+    english = list(filter(None, map(from_wordpiece, sorted(ids, key=ids.__getitem__))))
+    kept = used_most(english, counts["en"], args.english)
+    add((piece for piece in english if piece in kept), "english")
     add([START], "blank")
     foreign = {language: found for language, found in counts.items() if language != "en"}
     add(character_pieces(character_shares(foreign, clean), args), "character")
     for language, most in args.words.items():
-        add(word_pieces(language, counts[language], words, args.text_weight), language, most)
-        rest = Counter({word: count for word, count in counts[language].items() if word not in kinds})
-        add(part_pieces(language, rest), f"{language}-part", args.parts[language])
+        shares = word_shares(language, counts[language], words, args.text_weight)
+        add(by_share(shares), language, most)
+        rest = counts[language] if language in RANKED_ONLY else shares
+        rest = Counter({word: value for word, value in rest.items() if word not in kinds})
+        most = args.parts[language]
+        add(part_pieces(language, rest, most, args.syllables, kinds), f"{language}-part", most)
     return kinds
 
 

@@ -16,9 +16,11 @@ from tokenizers import Tokenizer
 from querit.bm25 import BM25, best_first
 from querit.text import joined
 from recipes.lib.data import read_jsonl, read_qrels, read_queries
+from recipes.lib.names import NAME, in_cyrillic
 from recipes.lib.parallel import Translation
 from recipes.lib.pieces import START
 
+SENTENCE_ENDS = set(".!?:;\"'“”(")
 Dictionary = dict[str, dict[str, list]]  # language -> English word piece -> [[piece of that language, weight], ...]
 
 
@@ -63,7 +65,8 @@ class Builder:
         return self.rng.sample(found, self.candidates - 1) if len(found) >= self.candidates - 1 else None
 
     def switched(self, text: str, language: str, share: float) -> str:
-        return switch(text, self.tokenizer.backend_tokenizer, self.dictionary[language], share, self.rng)
+        words = self.dictionary[language]
+        return switch(text, self.tokenizer.backend_tokenizer, words, share, self.rng, cyrillic=language == "ru")
 
     def known(self) -> list[bool]:
         return [True] + [False] * (self.candidates - 1)
@@ -85,21 +88,36 @@ class Pool:
         return [row for row in ordered if row not in left_out]
 
 
-def switch(text: str, tokenizer: Tokenizer, words: dict[str, list], share: float, rng: random.Random) -> str:
+def switch(
+    text: str, tokenizer: Tokenizer, words: dict[str, list], share: float, rng: random.Random, cyrillic: bool = False
+) -> str:
     """English text with a share of the words that a dictionary knows replaced, each by one of its translations.
 
     Training on such text brings languages together (Litschko et al. 2023, "Boosting Zero-shot Cross-lingual Retrieval
     by Training on Artificially Code-Switched Data"). Text without a known word comes back in lower case, as it is read.
+    Names that the dictionary does not know are spelt in Cyrillic with `cyrillic`, else left as they are.
     """
-    tokens = tokenizer.encode(text, add_special_tokens=False).tokens
-    parts = []
-    for token, following in zip(tokens, [*tokens[1:], START], strict=False):
-        whole = following.startswith(START)
-        if whole and token in words and rng.random() < share:
-            pieces, weights = zip(*words[token], strict=True)
-            token = rng.choices(pieces, weights)[0]
-        parts.append(token)
-    return "".join(parts).replace(START, " ").strip()
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    spelt: list[str] = []
+    for token, following, (begin, end) in zip(
+        encoding.tokens, [*encoding.tokens[1:], START], encoding.offsets, strict=False
+    ):
+        if token.startswith(START) or not spelt:
+            start, first = len(spelt), begin
+        spelt.append(token)
+        if not following.startswith(START):
+            continue
+        word, pieces = text[first:end].strip(), len(spelt) - start
+        # a word that the vocabulary has whole may owe its capital to its place
+        inside = start > 0 and spelt[start - 1].strip(START) not in SENTENCE_ENDS
+        is_name = word[:1].isupper() and NAME.fullmatch(word) and (pieces > 1 or inside)
+        if pieces == 1 and token in words:
+            if rng.random() < share:
+                meanings, weights = zip(*words[token], strict=True)
+                spelt[start:] = rng.choices(meanings, weights)
+        elif cyrillic and is_name and rng.random() < share:
+            spelt[start:] = [START + in_cyrillic(word, rng)]
+    return "".join(spelt).replace(START, " ").strip()
 
 
 @dataclass

@@ -167,6 +167,19 @@ def test_whole_known_words_are_switched_and_nothing_else(folder):
     assert switch("", tokenizer, WORDS, 1.0, rng) == ""
 
 
+def test_names_that_the_dictionary_lacks_are_spelt_in_cyrillic(folder):
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder / "base").backend_tokenizer, random.Random(0)
+    russian = {"▁dog": [["▁собака", 1.0]]}
+    found = switch("The Dog of Bob Ott, old as Utah-42 and O'Tom.", tokenizer, russian, 1.0, rng, cyrillic=True)
+    words = found.split()
+    assert words[:3] == ["the", "собака", "of"] and re.fullmatch("боб(а|у|ом|е)?", words[3])
+    assert re.fullmatch("[а-я]+", words[4]) and words[4].startswith("от") and words[5:8] == [",", "old", "as"]
+    # a capital at the start of a sentence makes no name of a word that the vocabulary knows; two letters are none
+    assert re.fullmatch("[а-я]+", words[8]) and words[9:13] == ["-", "42", "and", "o"]
+    assert switch("The Dog of Bob.", tokenizer, russian, 1.0, rng) == "the собака of bob ."
+    assert switch("The Dog of Bob.", tokenizer, russian, 0.0, rng, cyrillic=True) == "the dog of bob ."
+
+
 def test_a_heading_that_stands_twice_is_no_query_and_questions_need_english(folder):
     builder = Builder(AutoTokenizer.from_pretrained(folder / "base"), {"de": WORDS}, 4, random.Random(0))
     folders = {language: read_judged(str(folder / language), title=False) for language in ("en", "de")}

@@ -50,7 +50,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "crosslingual": {
         "mix": {"switched": 8, "monolingual": 14, "sentences": 12}, "sentences": ["tiny/parallel.jsonl"],
-        "questions": [], "aligned": {}, "pooled": {}, "short_tokens": 24, "long_tokens": 32, "shard_size": 16,
+        "questions": [], "aligned": {}, "pooled": {}, "languages": {}, "short_tokens": 24, "long_tokens": 32,
+        "shard_size": 16,
     },
     "calibrate": {"first_group": 12, "groups": 20},
     "evaluate": {"top_k": 6, "max_queries": 5, "max_length": 128},

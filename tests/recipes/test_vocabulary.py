@@ -10,7 +10,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from recipes.lib.pieces import CJK, SPECIAL, as_transformers, from_wordpiece, to_wordpiece, unigram
-from recipes.vocabulary import REPORT, VocabularyArguments, main, part_pieces, word_cutter, word_pieces
+from recipes.vocabulary import (
+    REPORT,
+    VocabularyArguments,
+    by_share,
+    main,
+    part_pieces,
+    used_most,
+    word_cutter,
+    word_shares,
+)
 from tests.recipes.folders_for_tests import write_beir
 from tests.recipes.nano_for_tests import ENGLISH, GERMAN, JAPANESE, kinds, save_teacher, sentences, wordpiece
 
@@ -62,23 +71,44 @@ def test_pieces_of_wordpiece_and_back():
 
 def test_the_most_frequent_words_of_lists_and_texts_come_first():
     counts = Counter({"▁dampfschiff": 900, "▁und": 90, "▁r2d2": 50, "▁.": 40})
-    by_text = word_pieces("de", counts, word_cutter(), text_weight=1.0)
+    by_text = by_share(word_shares("de", counts, word_cutter(), text_weight=1.0))
     assert by_text[:2] == ["▁dampfschiff", "▁und"] and "▁r2d2" not in by_text
-    by_list = word_pieces("de", counts, word_cutter(), text_weight=0.0)
+    by_list = by_share(word_shares("de", counts, word_cutter(), text_weight=0.0))
     assert set(by_list[:8]) & {"▁der", "▁die", "▁und"} and by_list.index("▁und") < by_list.index("▁haus")
-    japanese = word_pieces("ja", Counter(), word_cutter(), text_weight=0.5)
+    japanese = by_share(word_shares("ja", Counter(), word_cutter(), text_weight=0.5))
     assert len(japanese) > 1000 and all(word_cutter()(word) == [word] and len(word) > 1 for word in japanese[:50])
-    assert word_pieces("ko", Counter(), word_cutter(), 0.5)[0].startswith("▁")
+    assert by_share(word_shares("ko", Counter(), word_cutter(), 0.5))[0].startswith("▁")
 
 
-def test_parts_are_ordered_by_what_they_save():
-    parts = part_pieces("de", Counter({"▁fahrten": 10, "▁karten": 5, "▁12": 50}))
-    # 10 x 5 characters, twice; -rten ends both words: 15 x 3; then 10 x 4.
-    assert parts[:5] == ["ahrten", "▁fahrte", "rten", "hrten", "▁fahrt"]
-    assert parts.index("ten") < parts.index("en") and "▁fa" not in parts
-    assert not any(character.isdigit() for part in parts for character in part)
-    assert set(part_pieces("zh", Counter({"图书馆": 3}))) == {"图书馆", "图书", "书馆"}
-    assert "▁도서" in part_pieces("ko", Counter({"▁도서관에서": 3}))
+def test_parts_without_an_alphabet_are_ordered_by_what_they_save():
+    assert set(part_pieces("zh", Counter({"图书馆": 3}), 3)) == {"图书馆", "图书", "书馆"}
+    # 3 times 2 characters; the couple stands in both words, and saves 5 times 1
+    assert part_pieces("zh", Counter({"图书馆": 3, "图书室": 2}), 3)[:2] == ["图书馆", "图书"]
+    parts = part_pieces("ko", Counter({"▁도서관에서": 3, "▁12": 50}), 9)
+    assert "▁도서" in parts and "에서" in parts and not any(character.isdigit() for part in parts for character in part)
+
+
+STEMS = ["знамен", "квадрат", "спрос", "завод", "народ", "участ", "город", "вопрос"]
+CASES = ["ами", "ого", "ный", "ных", "ному", "ение"]
+
+
+def test_parts_of_an_alphabet_are_stems_and_endings():
+    words = Counter({f"▁{stem}{case}": 5.0 for stem in STEMS for case in CASES})
+    parts = part_pieces("ru", words, 40, syllables=3)
+    assert {f"▁{stem}" for stem in STEMS} <= set(parts) and not set(parts) & words.keys()
+    assert all(len(couple) == 2 and sum(couple in word for word in words) >= 16 for couple in parts[:3])
+    endings = {part for part in parts[3:] if not part.startswith("▁")}
+    assert endings and all(any(case.startswith(ending) or ending in case for case in CASES) for ending in endings)
+    # what is known already is not counted among those that were asked for
+    known = set(parts[:12])
+    assert len(set(part_pieces("ru", words, 10, syllables=3, known=known)) - known) >= 10
+
+
+def test_english_pieces_that_are_used_least_are_left_out():
+    pieces = ["▁the", "▁tide", "s", "▁xylograph", "ographer", "a", "▁a"]
+    counts = Counter({"▁the": 50, "▁tides": 3})
+    assert used_most(pieces, counts, None) == set(pieces)
+    assert used_most(pieces, counts, 5) == {"▁the", "▁tide", "s", "a", "▁a"}  # letters stay, whatever their use
 
 
 @pytest.fixture(scope="module")
