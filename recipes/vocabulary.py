@@ -73,21 +73,31 @@ class VocabularyArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the texts' sample."})
 
 
-def read_language(language: str, args: VocabularyArguments) -> Iterator[str]:
+def read_language(language: str, args: VocabularyArguments) -> Iterator[list[str]]:
+    """The texts of each source."""
     for folder in args.texts[language]:
-        yield from read_corpus(folder).values()
-        yield from read_queries(folder).values()
+        yield [*read_corpus(folder).values(), *read_queries(folder).values()]
     for path in args.parallel:
-        yield from (translation[language] for translation in read_parallel(path) if translation.get(language))
+        yield [translation[language] for translation in read_parallel(path) if translation.get(language)]
 
 
-def first_texts(texts: Iterable[str], max_characters: int) -> list[str]:
-    read, kept = 0, []
-    for text in texts:
-        if read > max_characters:
-            break
-        read += len(text)
-        kept.append(text)
+def drawn_texts(sources: Iterable[list[str]], max_characters: int, rng: random.Random) -> list[str]:
+    """Texts drawn from every source alike: equally many characters of each, as far as it has them."""
+    sources = [rng.sample(source, len(source)) for source in sources if source]
+    sizes = sorted(sum(map(len, source)) for source in sources)
+    left = max_characters
+    share = max_characters
+    for place, size in enumerate(sizes):  # what a small source leaves is the others'
+        share = left // (len(sizes) - place)
+        left -= min(size, share)
+    kept = []
+    for source in sources:
+        read = 0
+        for text in source:
+            if read >= share:
+                break
+            read += len(text)
+            kept.append(text)
     return kept
 
 
@@ -170,7 +180,7 @@ def part_pieces(
         size, pieces = most, couples
         # Some of a model's pieces are known from another language: then a larger one is asked.
         while len([piece for piece in dict.fromkeys(pieces) if piece not in known]) < most and size < 10 * most:
-            size = size * 5 // 4 + 100
+            size = size * 7 // 4 if pieces is not couples else size * 5 // 4 + 100
             pieces = [*couples, *unigram_parts(counts, size)]
         return pieces
     letters = SCRIPTS[language]
@@ -300,7 +310,7 @@ def main(args: VocabularyArguments) -> None:
     words, rng = word_cutter(), random.Random(args.seed)
     counts, sample = {}, {}
     for language in args.texts:
-        texts = first_texts(read_language(language, args), args.max_characters)
+        texts = drawn_texts(read_language(language, args), args.max_characters, rng)
         counts[language] = Counter(word for text in tqdm(texts, desc=language) for word in words(text))
         sample[language] = rng.sample(texts, min(args.sample, len(texts)))
     kinds = choose_pieces(teacher, counts, args)

@@ -24,12 +24,17 @@ RARE = -100.0  # score of a special token, far under every spelling of it: "[SEP
 
 
 def normalizer() -> normalizers.Normalizer:
-    """NFKC, lower case, no marks on Latin letters (as the teacher reads them); й, が and 가 keep theirs."""
+    """NFKC, lower case, no marks on Latin letters (as the teacher reads them); й, が and 가 keep theirs.
+
+    ß is ss and ё is е, for many writers spell them so, and wordfreq's lists know no other spelling of ß.
+    """
     return normalizers.Sequence(
         [
             normalizers.Replace(Regex(INVISIBLE), ""),
             normalizers.NFKC(),
             normalizers.Lowercase(),
+            normalizers.Replace("ß", "ss"),
+            normalizers.Replace("ё", "е"),
             normalizers.NFD(),
             normalizers.Replace(Regex("(?<=[a-z])\\p{Mn}+"), ""),
             normalizers.NFC(),
