@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from hub_card.convert import NO_LABELS, check_ids, check_weight_files, read_tokenizer, write_json
 from hub_card.from_sentence_transformers import load_checkpoint
 from hub_card.probes import write_probes
+from hub_card.provenance import RELIABILITY, merges_of, write_merges
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
 from modeling_querit.modeling_querit import POOLER_MODEL_TYPE
 from querit.loading import folder_of
 
 LICENSE = Path(__file__).with_name("templates") / "LICENSE"  # the repository's own, word for word
-SUMS, MERGE_RECORD, RESULTS_FOLDER = "SHA256SUMS", "merge.json", ".eval_results"
+SUMS, RESULTS_FOLDER = "SHA256SUMS", ".eval_results"
 HANDLER = Path(__file__).parent / "templates" / "handler.py"  # for Inference Endpoints
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the Hub's clients put beside a folder's files, and nobody publishes.
@@ -80,7 +81,7 @@ def build(
         del model
         shutil.copyfile(LICENSE, built / "LICENSE")
         shutil.copyfile(HANDLER, built / HANDLER.name)
-        copy_merge_record(source, built)
+        copy_provenance(source, built)
         text = card if isinstance(card, str) else card(built)
         (built / "README.md").write_text(text, encoding="utf-8")
         write_results(ModelCard(text), built)
@@ -122,14 +123,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_merge_record(source: Path, folder: Path) -> None:
-    """What recipes.merge wrote beside a merged model, without the paths of the machine that merged."""
-    if not (source / MERGE_RECORD).is_file():
-        return
-    record = json.loads((source / MERGE_RECORD).read_text(encoding="utf-8"))
-    for entry in (*record["models"], *record["steps"]):
-        entry["model"] = Path(entry["model"]).name
-    (folder / MERGE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def copy_provenance(source: Path, folder: Path) -> None:
+    """What the recipe's stages wrote beside the model for its card, without the paths of the machine that merged."""
+    merges = merges_of(source)
+    for merge in merges:
+        for entry in (*merge["models"], *merge["steps"]):
+            entry["model"] = Path(entry["model"]).name
+    write_merges(folder, merges)
+    if (source / RELIABILITY).is_file():
+        shutil.copyfile(source / RELIABILITY, folder / RELIABILITY)
 
 
 def results_of(card: ModelCard) -> dict[str, str]:

@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hub_card.build import MERGE_RECORD
 from hub_card.convert import CHAT_TEMPLATE, read_headers, weight_files
 from hub_card.engines import OLDEST_FOR_BERT, OLDEST_FOR_OTHERS
 from hub_card.lineage import data_sets, stages_of, training_table
+from hub_card.provenance import RELIABILITY, merges_of
 from modeling_querit.modeling_querit import OLDEST_TRANSFORMERS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -26,7 +26,6 @@ SPEED = RECIPES.parent / "tests" / "bench" / "results" / "scoring.json"  # of a 
 PRECISION = SPEED.with_name("precision.json")
 SHARED = "card.md.jinja"
 FEWEST_PAIRS = 20
-RELIABILITY = Path("results") / "reliability.json"  # in a recipe's folder
 FIRST_STAGE, WORDS, FUSED = "retriever", "BM25", " + first stage"  # systems, as recipes.lib.results names them
 METADATA = {
     "license": "apache-2.0",
@@ -86,13 +85,15 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
         measured=measured,
         speed=speed_table(about["speed"]) if "speed" in about else "",
         precision=precision_table() if "speed" in about else "",
-        merge=read_merge(folder),
+        merges=merges_of(folder),
         recipe=about.get("recipe"),
         published=published and {**published, "table": published_table(published)},
         own=published["members"][about["published"]] if published else None,
         sources=sources_table(sources),
         by_language=languages_table(measured, about["languages"]) if measured and "languages" in about else "",
-        reliability=reliability_table(RECIPES / about["recipe"] / RELIABILITY) if "recipe" in about else "",
+        # The first release of Nano has its own among the recipe's results.
+        reliability=reliability_table(folder / RELIABILITY)
+        or reliability_table(RECIPES / about.get("recipe", "") / "results" / RELIABILITY),
         training=training_table(stages),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
@@ -302,11 +303,6 @@ def published_table(published: dict) -> str:
         cells = [f"{values[s]:.2f}{'†' * (s in inflated)}" if s in values else "" for s in systems]
         rows.append([name, metric_name(result["metric"]), *cells])
     return markdown(rows)
-
-
-def read_merge(folder: Path) -> dict | None:
-    path = folder / MERGE_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 import modeling_querit
-from hub_card.build import HANDLER, MERGE_RECORD, RESULTS_FOLDER, SUMS, file_sum, files_of, results_of
+from hub_card.build import HANDLER, RESULTS_FOLDER, SUMS, file_sum, files_of, results_of
 from hub_card.convert import (
     CHAT_TEMPLATE,
     NO_LABELS,
@@ -27,13 +27,14 @@ from hub_card.convert import (
 )
 from hub_card.engines import ENGINES
 from hub_card.probes import PROBES_FILE, read_probes
+from hub_card.provenance import MERGE_RECORD, RELIABILITY
 from hub_card.sentence_transformers_files import write_sentence_transformers_files
 from modeling_querit.modeling_querit import POOLER_MODEL_TYPE, REMOTE_CODE, remote_code_config
 
 TOLERANCE = 1e-3  # of scores in [-1, 1], float32 on another machine than the builder's
 NEEDED = {"README.md", "LICENSE", "config.json", "tokenizer.json", "tokenizer_config.json"}
 NEEDED |= {PROBES_FILE, HANDLER.name, *REMOTE_CODE}
-OTHERS = {*TOKENIZER_FILES, CHAT_TEMPLATE.name, MERGE_RECORD, "NOTICE"}
+OTHERS = {*TOKENIZER_FILES, CHAT_TEMPLATE.name, MERGE_RECORD, RELIABILITY, "NOTICE"}
 OTHERS |= {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
 PATTERNS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"

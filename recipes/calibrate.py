@@ -4,13 +4,13 @@
 
 A ranking loss fixes the differences of the logits within a query and leaves their level to chance. Platt scaling (Platt
 1999) fits sigmoid(a * logit + b) to known relevance; a and b go into the head. The order of documents does not change.
-Every other query fits; the others tell how far the probability can be trusted in each language: `reliability.json`.
+Every other query fits; the others tell how far the probability can be trusted in each language: `reliability.json`,
+which `querit build` puts into the release and its card.
 
 How many candidates are right is another number in every collection, and in the data here an accident of how negatives
 were drawn. So right and wrong pairs weigh the same, all told: the probability is that of relevance at even odds.
 """
 
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from hub_card.build import MERGE_RECORD
+from hub_card.provenance import RELIABILITY, merges_of, write_merges
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from modeling_querit.scoring_querit import score_pairs
@@ -30,7 +30,7 @@ from querit.files import appears_whole, write_json
 from recipes.lib.documents import detect_language, is_other_language
 from recipes.lib.records import already_made
 
-REPORT, RELIABILITY = "calibrate.json", "reliability.json"
+REPORT = "calibrate.json"
 BINS = 10  # of equal width over the probabilities
 
 
@@ -147,8 +147,7 @@ def main(args: CalibrateArguments) -> None:
         folder.mkdir()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if (record := Path(args.model_name_or_path) / MERGE_RECORD).is_file():  # how the model came, for its card
-            shutil.copy(record, folder)
+        write_merges(folder, merges_of(args.model_name_or_path))
         write_json(folder / RELIABILITY, by_language(measured, logits_of(measured)))
         write_json(folder / REPORT, {**report, "settings": asdict(args)})
     print(

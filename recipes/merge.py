@@ -37,14 +37,15 @@ from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 
 from hub_card.convert import check_weight_files, read_tokenizer
+from hub_card.provenance import MERGE_RECORD, merges_of, write_merges
 from modeling_querit.modeling_querit import QueritForSequenceClassification
-from querit.files import appears_whole, file_hash, write_json
+from querit.files import appears_whole, file_hash
 
 METHODS = ("slerp", "linear", "multislerp", "karcher")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LINEAR_COSINE = 0.9995  # mergekit's dot_threshold
 SHARD_BYTES = 2 * 1000**3  # of the output; as much of it is held in memory
-INDEX, WEIGHTS, REPORT = "model.safetensors.index.json", "model.safetensors", "merge.json"
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 # These keys of config.json may differ: who wrote it, the code beside it, and what only generation reads, which the
 # trainer sets to its tokenizer's. The tokenizers themselves are compared.
@@ -396,7 +397,7 @@ def main(args: MergeArguments) -> None:
     wanted |= {"first_only": args.first_only} if args.first_only else {}
     out = Path(args.output_dir)
     if out.exists():
-        there = json.loads((out / REPORT).read_text(encoding="utf-8")) if (out / REPORT).exists() else {}
+        there = json.loads((out / MERGE_RECORD).read_text(encoding="utf-8")) if (out / MERGE_RECORD).exists() else {}
         if all(there.get(key) == value for key, value in wanted.items()):
             print(f"{out} is there already; delete it to make it again.")
             return
@@ -411,7 +412,8 @@ def main(args: MergeArguments) -> None:
         merge_weights(models, args, steps, weights, folder)
         copy_files(models, folder)
         check_merged(open_checkpoint("the merge", folder), models, weights, args.first_only)
-        write_json(folder / REPORT, {**wanted, **report_of(models, steps), "sha256": hashes(folder)})
+        this = {**wanted, **report_of(models, steps), "sha256": hashes(folder)}
+        write_merges(folder, [*merges_of(*folders), this])
 
 
 if __name__ == "__main__":

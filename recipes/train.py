@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import RewardConfig, TrlParser
 
+from hub_card.provenance import merges_of, write_merges
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from querit.files import content_hash, write_json
@@ -307,7 +308,10 @@ def is_finished(out: Path) -> bool:
 
 
 def check_settings(script, args: RewardConfig) -> None:
-    """Note what this run depends on in `training.json`; a run of other settings is neither taken up nor overwritten."""
+    """Note what this run depends on in `training.json`, and the merges that its model came by.
+
+    A run of other settings is neither taken up nor overwritten.
+    """
     out = Path(str(args.output_dir))
     settings: dict[str, Any] = asdict(script) | {name: getattr(args, name) for name in DECIDING}
     for key in ("model_name_or_path", "train_data", "states_teacher"):
@@ -324,6 +328,7 @@ def check_settings(script, args: RewardConfig) -> None:
             )
     elif args.process_index == 0:
         write_json(noted, settings)
+        write_merges(out, merges_of(script.model_name_or_path))
 
 
 def check(script: ScriptArguments, args: RewardConfig) -> None:

@@ -21,6 +21,8 @@ import querit
 from hub_card import build as module
 from hub_card.build import build
 from hub_card.card import render
+from hub_card.provenance import MERGE_RECORD, RELIABILITY, merges_of
+from hub_card.verify import check_kinds
 from modeling_querit.modeling_querit import REMOTE_CODE, QueritForSequenceClassification
 from querit import cli
 from recipes.merge import MergeArguments
@@ -54,7 +56,8 @@ def scores(folder: Path) -> list[float]:
 @pytest.mark.parametrize("kind", BUILT)
 def test_the_files_and_their_sums(kind):
     folder = built(kind)
-    more = {"qwen3": FOR_CAUSAL, "deepseek_v3": FOR_CAUSAL, "nano": {"merge.json"}}
+    own = {name for name in (MERGE_RECORD, RELIABILITY) if (NANO / name).exists()}
+    more = {"qwen3": FOR_CAUSAL, "deepseek_v3": FOR_CAUSAL, "nano": own}
     expected = FILES | more.get(kind, set())
     there = set(files_in(folder))
     results = {path for path in there if path.startswith(".eval_results/")}
@@ -196,6 +199,39 @@ def test_the_record_of_a_merge_comes_along_without_paths(tmp_path, linear, only)
     assert "adapted-a 0.50, adapted-b 0.50." in card
     assert f"At `adapted-b`, {linear} of the 6 tensors that differed" in card
     assert ("SLERP took its spherical path nowhere" in card) == only
+
+
+def test_of_several_merges_each_is_told_without_paths(tmp_path):
+    source = shutil.copytree(folder_of("bert"), tmp_path / "merged")
+    step = {"model": "/data/me/b", "t": 0.5, "linear_tensors": 6, "identical_tensors": 4}
+    first = {"method": "slerp", "models": [{"model": "/data/me/a"}, {"model": "/data/me/b"}], "weights": [0.5, 0.5]}
+    first |= {"tensors": 10, "steps": [step]}
+    last = first | {"method": "linear", "models": [{"model": "/data/me/further"}, {"model": "/data/me/base"}]}
+    last |= {"weights": [0.88, 0.12], "steps": [], "first_only": ["word_embeddings"], "earlier": [first]}
+    (source / "merge.json").write_text(json.dumps(last))
+    folder = build(source, tmp_path / "x", lambda made: render(made))
+    assert "/data/me" not in (folder / "merge.json").read_text()
+    assert [merge["method"] for merge in merges_of(folder)] == ["slerp", "linear"]
+    told = (folder / "README.md").read_text().split("Nobody wrote it down for this card.\n\n")[1].split("\n\n## ")[0]
+    assert told.splitlines() == [
+        "Its checkpoints were merged (slerp), with the weights a 0.50, b 0.50.",
+        "At `b`, 6 of the 6 tensors that differed were so nearly parallel that they were merged linearly.",
+        "So SLERP took its spherical path nowhere: the models lie too near each other, and their merge is the weighted "
+        "mean.",
+        "",
+        "Another merge followed (linear), with the weights further 0.88, base 0.12.",
+        "Tensors with word_embeddings in their names stayed those of further.",
+    ]
+
+
+def test_what_calibration_measured_comes_along_and_into_the_card(tmp_path):
+    source = shutil.copytree(folder_of("bert"), tmp_path / "calibrated")
+    values = {"n": 4321, "ece": 0.0567, "right_mean": 0.81, "wrong_mean": 0.12, "bins": []}
+    (source / "reliability.json").write_text(json.dumps({"tlh": values}))
+    folder = build(source, tmp_path / "x", lambda made: render(made, "querit-reranker-nano"))
+    assert json.loads((folder / "reliability.json").read_text()) == {"tlh": values}
+    assert "| tlh | 4,321 | 0.057 | 0.81 | 0.12 |" in (folder / "README.md").read_text()
+    assert not list(check_kinds(folder))
 
 
 def test_a_missing_padding_token_is_the_closing_one(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import pipeline
 
+from hub_card.provenance import merges_of
 from recipes.calibrate import CalibrateArguments, fit, languages_of, main, reliability, rescale
 from tests.models_for_tests import folder_of, tiny_model
 from tests.recipes.folders_for_tests import SUBJECTS
@@ -72,14 +73,14 @@ def test_a_calibrated_folder_ranks_as_before_with_probabilities_at_even_odds(tmp
     rows = judged_rows(ranker)
     Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
     merged = shutil.copytree(folder_of("bert"), tmp_path / "merged")
-    (merged / "merge.json").write_text('{"method": "slerp"}')
+    (merged / "merge.json").write_text('{"method": "slerp", "earlier": [{"method": "linear"}]}')
     main(
         CalibrateArguments(
             model_name_or_path=str(merged), data=str(tmp_path / "data.parquet"), max_length=48,
             output_dir=str(tmp_path / "out"), first_group=16, groups=100,
         )
     )  # fmt: skip
-    assert (tmp_path / "out" / "merge.json").read_text() == '{"method": "slerp"}'
+    assert [merge["method"] for merge in merges_of(tmp_path / "out")] == ["linear", "slerp"]
     calibrated = pipeline("text-ranking", model=str(tmp_path / "out"), trust_remote_code=True)
     right, wrong = [], []
     for row in rows[16::2]:  # those that fit

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, pipeline
 from trl import TrlParser
 
+from hub_card.provenance import merges_of
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from recipes.merge import (
     LINEAR_COSINE,
@@ -537,6 +538,17 @@ def test_an_output_that_is_there_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     with pytest.raises(FileExistsError, match="delete it or name another"):
         main(MergeArguments(models=[str(a), str(b)], output_dir=str(tmp_path / "notes")))
+
+
+def test_the_record_keeps_the_merges_before_it_each_once(tmp_path):
+    a, b, c = checkpoints("bert")
+    merged(tmp_path / "first", [a, b])
+    merged(tmp_path / "second", [tmp_path / "first/out", c], method="linear")
+    merged(tmp_path / "third", [tmp_path / "first/out", tmp_path / "second/out"], method="linear", weights=[3.0, 1.0])
+    first, second, third = merges_of(tmp_path / "third/out")
+    assert [first] == merges_of(tmp_path / "first/out") and [first, second] == merges_of(tmp_path / "second/out")
+    assert (first["method"], second["method"], third["weights"]) == ("slerp", "linear", [0.75, 0.25])
+    assert "earlier" not in json.loads((tmp_path / "first/out/merge.json").read_text())
 
 
 def test_what_a_killed_merge_left_is_cleared_away(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
 from trl import RewardConfig
 
+from hub_card.provenance import merges_of
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.prompting_querit import PromptEncoder
 from modeling_querit.scoring_querit import score_pairs
@@ -292,6 +293,12 @@ def test_a_finished_training_is_not_done_again(made, tmp_path, capsys):
     (out / "model.safetensors").unlink()
     run(made, out, max_steps=4, save_steps=2)
     assert is_finished(out)
+
+
+def test_a_model_trained_from_a_merged_one_keeps_the_record_of_the_merge(made, tmp_path):
+    start = shutil.copytree(made, tmp_path / "made")
+    (start / "base" / "merge.json").write_text('{"method": "slerp"}')
+    assert merges_of(run(start, tmp_path / "model", max_steps=1)) == [{"method": "slerp"}]
 
 
 def test_frozen_parameters_stay_and_others_move(made, tmp_path):
