@@ -40,6 +40,7 @@ from hub_card.convert import check_weight_files, read_tokenizer
 from hub_card.provenance import MERGE_RECORD, merges_of, write_merges
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from querit.files import appears_whole, file_hash
+from recipes.lib.records import already_made
 
 METHODS = ("slerp", "linear", "multislerp", "karcher")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -393,15 +394,11 @@ def main(args: MergeArguments) -> None:
         {"model": model.name, "revision": args.revisions.get(model.name), "sha256": hashes(model.folder)}
         for model in models
     ]
-    wanted = {"method": args.method, "models": inputs, "t": ratios, "weights": weights, "dtype": args.dtype}
-    wanted |= {"first_only": args.first_only} if args.first_only else {}
+    wanted: dict[str, Any] = {"method": args.method, "models": inputs, "t": ratios, "weights": weights}
+    wanted |= {"dtype": args.dtype, "first_only": args.first_only or None}  # as of older records, which leave it out
     out = Path(args.output_dir)
-    if out.exists():
-        there = json.loads((out / MERGE_RECORD).read_text(encoding="utf-8")) if (out / MERGE_RECORD).exists() else {}
-        if all(there.get(key) == value for key, value in wanted.items()):
-            print(f"{out} is there already; delete it to make it again.")
-            return
-        raise FileExistsError(f"{out} is there already and is no result of this merge; delete it or name another.")
+    if already_made(out, wanted, MERGE_RECORD):
+        return
     for model in models:
         check_whole(model)
     check_alike(models)

@@ -97,8 +97,9 @@ def difference(old: dict, new: dict) -> str | None:
 def already_made(output: Path, settings: dict, report: str | None = None) -> bool:
     """Whether an output is there, made with these settings.
 
-    They stand under `settings` in a folder's file `report`, or in a Parquet file's schema, as `write_parquet` puts them
-    there. Raises FileExistsError if the output was made with others, or nothing tells how it was made.
+    They stand in a folder's file `report`, under `settings` or among its other keys, or in a Parquet file's schema, as
+    `write_parquet` puts them there. Raises FileExistsError if the output was made with others, or nothing tells how it
+    was made.
     """
     if not output.exists():
         return False
@@ -106,7 +107,8 @@ def already_made(output: Path, settings: dict, report: str | None = None) -> boo
     if report is None:
         stored = json.loads((pq.read_schema(output).metadata or {}).get(b"settings", b"null"))
     elif (output / report).exists():
-        stored = json.loads((output / report).read_text(encoding="utf-8")).get("settings")
+        found = json.loads((output / report).read_text(encoding="utf-8"))
+        stored = found.get("settings", {key: found.get(key) for key in settings})
     why = "nothing tells how it was made"
     if stored is not None:
         keys = changed_keys(what_counts(stored), what_counts(settings))

@@ -531,12 +531,12 @@ def test_an_output_that_is_there_is_left_as_it_is(tmp_path, capsys):
     capsys.readouterr()
     merged(tmp_path, [a, b])
     assert "is there already; delete it to make it again" in capsys.readouterr().out
-    for changes in ({"models": [b, a]}, {"models": [a, c]}, {"models": [a, b], "t": [0.2]}):
-        with pytest.raises(FileExistsError, match="no result of this merge"):
-            merged(tmp_path, **changes)
+    for changes, told in (({"models": [b, a]}, "models"), ({"models": [a, c]}, "models"), ({"t": [0.2]}, "t, weights")):
+        with pytest.raises(FileExistsError, match=rf"made with other settings \({told}\)"):
+            merged(tmp_path, **{"models": [a, b], **changes})
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "out").iterdir()} == stamps
     (tmp_path / "notes").mkdir()
-    with pytest.raises(FileExistsError, match="delete it or name another"):
+    with pytest.raises(FileExistsError, match="nothing tells how it was made"):
         main(MergeArguments(models=[str(a), str(b)], output_dir=str(tmp_path / "notes")))
 
 
@@ -549,6 +549,18 @@ def test_the_record_keeps_the_merges_before_it_each_once(tmp_path):
     assert [first] == merges_of(tmp_path / "first/out") and [first, second] == merges_of(tmp_path / "second/out")
     assert (first["method"], second["method"], third["weights"]) == ("slerp", "linear", [0.75, 0.25])
     assert "earlier" not in json.loads((tmp_path / "first/out/merge.json").read_text())
+
+
+def test_a_merge_that_kept_tensors_of_the_first_is_not_one_of_all_tensors(tmp_path):
+    models = checkpoints("bert")[:2]
+    merged(tmp_path, models, first_only=["embed"])
+    with pytest.raises(FileExistsError, match=r"made with other settings \(first_only\)"):
+        merged(tmp_path, models)
+    merged(tmp_path, models, first_only=["embed"])
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    del record["first_only"]
+    (tmp_path / "out" / "merge.json").write_text(json.dumps(record))  # as an older record of all tensors
+    merged(tmp_path, models)
 
 
 def test_what_a_killed_merge_left_is_cleared_away(tmp_path):
