@@ -11,23 +11,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers import BertForSequenceClassification
 
-from hub_card.convert import (
-    LEGAL_FILES,
-    TOKENIZER_FILES,
-    check_folders,
-    read_headers,
-    read_tokenizer,
-    weight_files,
-    write_json,
-)
+from hub_card.convert import LEGAL_FILES, TOKENIZER_FILES, check_folders, write_json
 from hub_card.probes import PROBES
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from modeling_querit.pipeline_querit import TextRankingPipeline
 from modeling_querit.prompting_querit import EncodedPair
 from modeling_querit.scoring_querit import score_pairs
+from querit.loading import load
 
 # Largest difference of a float32 logit between two engines, as a share of the largest logit where that is over 1.
 TOLERANCE = 1e-4
@@ -42,8 +34,6 @@ def export(source: str | Path, output: str | Path, to: str) -> Path:
     source, output = Path(source), Path(output)
     check_folders(source, output)
     config = read_querit_config(source)
-    read_headers(weight_files(source))  # tells damaged files, and pickles
-    read_tokenizer(source)
     if to == "vllm":
         from hub_card.export_vllm import write_vllm as write
     elif to == "onnx":
@@ -79,18 +69,16 @@ def read_querit_config(source: Path) -> dict:
     return config
 
 
-def load_for_export(source: Path) -> tuple[QueritForSequenceClassification, PreTrainedTokenizerBase]:
-    """The model in float32, on the CPU, and its tokenizer."""
+def load_for_export(source: Path) -> TextRankingPipeline:
+    """The ranker in float32, on the CPU."""
+    ranker = load(source, device="cpu", dtype="float32")
     # Eager attention: in an exported graph it is a few plain products, and the scores are those of any other.
-    model = QueritForSequenceClassification.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    return model.eval(), read_tokenizer(source)
+    ranker.model.set_attn_implementation("eager")
+    return ranker
 
 
-def encode_probes(
-    model: QueritForSequenceClassification, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[tuple[str, str]], list[EncodedPair]]:
+def encode_probes(ranker: TextRankingPipeline) -> tuple[list[tuple[str, str]], list[EncodedPair]]:
     """The probes as texts and as the pipeline encodes them."""
-    ranker = TextRankingPipeline(model, tokenizer=tokenizer, device="cpu", dtype=torch.float32)
     encoded = ranker.preprocess(list(PROBES.items()))
     texts = [(query, document) for query, documents in PROBES.items() for document in documents]
     return texts, [windows[0] for documents in encoded for windows in documents]

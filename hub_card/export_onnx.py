@@ -102,14 +102,16 @@ class Logits(torch.nn.Module):
 
 def write_onnx(source: Path, config: dict, folder: Path) -> None:
     """Fill `folder`. Raises ValueError as `export` says."""
-    model, tokenizer = load_for_export(source)
+    ranker = load_for_export(source)
+    model: Any = ranker.model
+    tokenizer = ranker.tokenizer
     if model.config.model_type != POOLER_MODEL_TYPE:
         kind = "causal " if model.is_causal else ""
         raise ValueError(
             f"{source} is a {kind}{config.get('model_type')}; the export to ONNX is of members like Nano (bert). Use "
             "--to vllm for a causal one."
         )
-    texts, pairs = encode_probes(model, tokenizer)
+    texts, pairs = encode_probes(ranker)
     expected = probe_logits(model, pairs, tokenizer.pad_token_id)
     check_pair_template(source, texts, pairs)
 

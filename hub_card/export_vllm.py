@@ -110,7 +110,9 @@ def write_vllm(source: Path, config: dict, folder: Path) -> None:
             f"{source} is a {config.get('model_type')}; the export to vLLM is of the causal members, "
             f"{' and '.join(MODEL_TYPES)}, read out at the last token. Use --to onnx for this one."
         )
-    model, tokenizer = load_for_export(source)
+    ranker = load_for_export(source)
+    model: Any = ranker.model
+    tokenizer = ranker.tokenizer
     architecture: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(model.config)]
     if not issubclass(architecture, GenericForSequenceClassification) or model.pooling != "last":
         raise ValueError(
@@ -124,10 +126,10 @@ def write_vllm(source: Path, config: dict, folder: Path) -> None:
         )
     weight = model.head.weight.detach().float().diff(dim=0)
     bias = model.head.bias.detach().float().diff(dim=0)
-    texts, pairs = encode_probes(model, tokenizer)
+    texts, pairs = encode_probes(ranker)
     expected = probe_logits(model, pairs, tokenizer.pad_token_id)
     limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
-    del model  # the exported one comes in its place
+    del ranker, model  # the exported one comes in its place
 
     write_weights(source, folder, {"score.weight": weight.contiguous(), "score.bias": bias})
     changed = {"pad_token_id": tokenizer.pad_token_id, "score_bias": bias.item()}

@@ -7,9 +7,6 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hub_card.convert import read_tokenizer
-from modeling_querit.pipeline_querit import TextRankingPipeline
-
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 
 
@@ -55,10 +52,3 @@ class OnnxReranker(torch.nn.Module):
         segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         inputs = dict(zip(INPUTS, (input_ids.numpy(), attention_mask.numpy(), segments.numpy()), strict=True))
         return SequenceClassifierOutput(logits=torch.from_numpy(self.session.run(["logits"], inputs)[0]))
-
-
-def load_onnx_ranker(file: str | Path) -> TextRankingPipeline:
-    """The pipeline over `file`, with the tokenizer of its export."""
-    model = OnnxReranker(file)
-    tokenizer = read_tokenizer(Path(file).parent.parent)
-    return TextRankingPipeline(model, tokenizer=tokenizer, device="cpu")  # type: ignore[arg-type]

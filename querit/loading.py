@@ -71,9 +71,11 @@ def load(
     if source.endswith(".onnx"):
         if devices:
             raise ValueError("devices are not for .onnx files, which use every core by themselves.")
-        from hub_card.exported_onnx import load_onnx_ranker
+        from hub_card.exported_onnx import OnnxReranker
 
-        return load_onnx_ranker(source)
+        exported = OnnxReranker(source)
+        tokenizer = read_tokenizer(Path(source).parent.parent)
+        return TextRankingPipeline(exported, tokenizer=tokenizer, device="cpu")  # type: ignore[arg-type]
     folder = folder_of(source, revision)
     check_weight_files(folder)
     check_one_head(folder)

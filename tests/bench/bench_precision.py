@@ -24,7 +24,7 @@ def quality(exported: Path, data: list[str], retriever: str, max_queries: int | 
     import numpy as np
     from mteb.models import ModelMeta
 
-    from hub_card.exported_onnx import load_onnx_ranker
+    from querit import load
     from recipes.evaluate import EvaluateArguments, first_stages, rerank
     from recipes.lib.judged_sets import judged_sets
     from recipes.lib.results import BASE, interval_of_mean
@@ -32,7 +32,7 @@ def quality(exported: Path, data: list[str], retriever: str, max_queries: int | 
 
     class OnnxCrossEncoder(QueritCrossEncoder):
         def __init__(self, file: Path):
-            self.ranker = load_onnx_ranker(file)
+            self.ranker = load(file)
             self.max_length = None
             self.mteb_model_meta = ModelMeta.create_empty({"name": f"querit/{file.stem}"})
 

@@ -102,7 +102,7 @@ class Rows(torch.utils.data.Dataset):
 
 def onnx(file: Path) -> Run:
     """ONNX Runtime under the pipeline."""
-    from hub_card.exported_onnx import load_onnx_ranker
+    from querit import load
 
-    ranker = load_onnx_ranker(file)
+    ranker = load(file)
     return lambda requests: ranker([{"query": query, "documents": found} for query, found in requests])

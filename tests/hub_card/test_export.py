@@ -246,12 +246,21 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[: header + 100])
 
 
+def train_row(folder):
+    """As sentence-transformers saves what it trained: a row of its own, beside a head that it does not know."""
+    width = read_json(folder / "config.json")["hidden_size"]
+    row = {"linear.weight": torch.ones(1, width), "linear.bias": torch.ones(1)}
+    (folder / "2_Dense").mkdir()
+    save_file(row, folder / "2_Dense" / "model.safetensors")
+
+
 ERRORS = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
     "another architecture": (edit_config(architectures=["Qwen3ForCausalLM"]), "no Querit reranker.*querit convert"),
     "another read-out": (edit_config(classifier_pooling="cls"), 'classifier_pooling "last"'),
     "no head": (drop_head, "head.weight missing"),
+    "two heads": (train_row, "querit build"),
     "truncated weights": (cut_weights, "truncated or no safetensors"),
     "no template": (lambda folder: (folder / "chat_template.jinja").unlink(), "template"),
     "a tokenizer that adds a BOS": (add_bos, "adds? tokens"),

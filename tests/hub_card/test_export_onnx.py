@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import querit
 from hub_card.export import export
-from hub_card.exported_onnx import OnnxReranker, load_onnx_ranker
+from hub_card.exported_onnx import OnnxReranker
 from modeling_querit.modeling_querit import QueritForSequenceClassification
 from querit import cli
 from tests.hub_card.test_nano import ASKED, NANO
@@ -101,7 +101,7 @@ def test_float32_gives_the_models_log_odds_for_any_batch_and_padding(lengths, ex
 def test_float32_scores_as_the_pipeline_does(kind):
     source = NANO if kind == "nano" else folder_of(kind)
     ranker = pipeline("text-ranking", model=str(source), trust_remote_code=True, dtype=torch.float32)
-    theirs = load_onnx_ranker(exported(kind) / FILES[0])
+    theirs = querit.load(exported(kind) / FILES[0])
     for query in (QUERY, "天気", "a " * 700):
         found, expected = theirs(query, DOCUMENTS), ranker(query, DOCUMENTS)
         assert [row["truncated"] for row in found] == [row["truncated"] for row in expected]
@@ -147,7 +147,7 @@ def test_products_of_int8_fit_16_bits_where_there_is_no_vnni():
 def test_int8_ranks_nearly_as_the_model_does(kind, least):
     source = NANO if kind == "nano" else folder_of(kind)
     ranker = pipeline("text-ranking", model=str(source), trust_remote_code=True, dtype=torch.float32)
-    int8 = load_onnx_ranker(exported(kind) / FILES[1])
+    int8 = querit.load(exported(kind) / FILES[1])
     correlations, clear, kept = [], 0, 0
     for query in ASKED:
         a, b = (np.array(scores_of(r, query, ANSWERS, "probability")) for r in (ranker, int8))
@@ -164,7 +164,7 @@ def test_int8_of_nano_is_small_and_answers_in_eight_languages():
     folder = exported("nano")
     sizes = [(folder / name).stat().st_size for name in FILES]
     assert sizes[1] < 0.4 * sizes[0]
-    int8 = load_onnx_ranker(folder / FILES[1])
+    int8 = querit.load(folder / FILES[1])
     wrong = [query for query, answers in ASKED.items() if int8(query, ANSWERS, top_k=1)[0]["index"] not in answers]
     assert len(wrong) <= 2, wrong
 
@@ -178,7 +178,7 @@ def test_the_record_says_what_was_kept():
     assert record["keeps"][FILES[1]]["order"] == "nearly"
     assert record["checked"][FILES[0]]["largest_difference_of_a_logit"] < 1e-4
     ranker = pipeline("text-ranking", model=str(folder_of("bert")), trust_remote_code=True, dtype=torch.float32)
-    int8 = load_onnx_ranker(exported("bert") / FILES[1])
+    int8 = querit.load(exported("bert") / FILES[1])
     probes: dict[str, list] = {}
     for probe in record["probes"]:
         probes.setdefault(probe["query"], []).append(probe)
@@ -295,6 +295,6 @@ def test_ranking_with_no_file_a_broken_one_or_one_of_another_model(tmp_path):
 
 
 def test_limits_of_the_tokenizer_hold(tmp_path):
-    ranker = load_onnx_ranker(exported("bert") / FILES[0])
+    ranker = querit.load(exported("bert") / FILES[0])
     assert ranker.max_length == MAX_LENGTH
     assert [row["truncated"] for row in ranker(QUERY, ["oil " * 2000, "oil"])].count(True) == 1
