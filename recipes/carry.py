@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 from trl import TrlParser
 
+from hub_card.provenance import merges_of, write_merges
 from querit.files import appears_whole, write_json
 from recipes.lib.records import already_made
 
@@ -49,6 +50,7 @@ def main(args: CarryArguments) -> None:
     with appears_whole(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_merges(folder, merges_of(args.trained))
         write_json(folder / REPORT, {"pieces": len(new), "kept": len(shared), "settings": asdict(args)})
     print(f"{out}: {len(new):,} pieces, {len(shared):,} of them as they were trained")
 

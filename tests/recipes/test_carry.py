@@ -32,6 +32,8 @@ def folder(tmp_path_factory):
     save_model(folder / "trained", old, seed=1)
     # other places, three new pieces, and without the last two of before
     save_model(folder / "base", [*old[:5], *NEW, *reversed(old[5:-2])], seed=2)
+    merge = {"method": "slerp", "models": [], "steps": []}
+    (folder / "trained" / "merge.json").write_text(json.dumps(merge), encoding="utf-8")
     main(CarryArguments(str(folder / "trained"), str(folder / "base"), str(folder / "carried")))
     return folder
 
@@ -46,6 +48,10 @@ def test_what_was_learnt_stays_and_new_pieces_begin_as_in_the_base(folder):
         source = "base" if piece in NEW else "trained"
         assert torch.equal(rows["carried"][row], rows[source][ids[source][piece]]), piece
     assert json.loads((folder / "carried" / "carried.json").read_text())["kept"] == len(rows["carried"]) - len(NEW)
+
+
+def test_how_the_model_came_goes_along(folder):
+    assert json.loads((folder / "carried" / "merge.json").read_text(encoding="utf-8"))["method"] == "slerp"
 
 
 def test_text_of_old_pieces_is_scored_as_before(folder):
