@@ -9,7 +9,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 FRONT_MATTER = re.compile(r"\s*^(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.DOTALL | re.MULTILINE)
-FIELD = re.compile(r"""[\w"'.$@/-]+[ \t]*[:=]""")  # a field's name, as front matter has them
+WORD = r"""[\w"'.$@/-]+"""
+FIELD = re.compile(rf"({WORD}(?:[ \t]+{WORD}){{0,3}})[ \t]*[:=][ \t]*(.*)")  # of front matter: its name and value
 NO_TEXT = {"<!--": "-->", "<style": r"</style\s*>", "<script": r"</script\s*>"}
 # A tag, whatever its quoted attributes hold; else a `<` that begins none, as nothing closes it.
 TAG = re.compile(r"""</?[a-z](?:[^<>"']|"[^"]*"|'[^']*')*+>|<(?=[^<>]*(?:<|\Z))""", re.IGNORECASE)
@@ -61,15 +62,22 @@ def split_front_matter(text: str) -> tuple[str, str]:
         fields = yaml.load(found[2], yaml.BaseLoader) if found[1] == "---" else tomllib.loads(found[2])  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError):
         # Titles that hold a colon, unquoted, are no YAML, and common.
-        lines = [line for line in found[2].split("\n") if re.match(r"[^\s#]", line)]
-        if not all(FIELD.match(line) or line[0] in "-]}" for line in lines):
+        matches = [FIELD.match(line) for line in re.findall(r"^[^\s#\]}-].*", found[2], re.MULTILINE)]
+        if not all(matches):
             return "", text
-        line = re.search(r"^title\s*[:=]\s*(.*?)\s*$", found[2], re.MULTILINE)
-        fields = {"title": line[1].strip("\"'") if line else ""}
-    if fields and not (isinstance(fields, dict) and ("title" in fields or FIELD.match(f"{next(iter(fields))}:"))):
+        fields = {match[1]: match[2].strip(" \t\"'") for match in matches if match}
+    if isinstance(fields, dict):
+        fields = {str(name).lower(): value for name, value in fields.items()}  # some write `Title:`
+    if fields and not (isinstance(fields, dict) and ("title" in fields or is_field(next(iter(fields)), len(fields)))):
         return "", text  # paragraphs between rules
     title = (fields or {}).get("title")
     return (" ".join(title.split()) if isinstance(title, str) else ""), text[found.end() :]
+
+
+def is_field(name: str, fields: int) -> bool:
+    """Whether it names the first of so many fields. A single `One rule: be kind.` is a sentence between rules."""
+    name = f"{name}:"
+    return bool(FIELD.match(name) if fields > 1 else re.match(f"{WORD}[ \t]*:", name))
 
 
 def markdown_headings(text: str) -> list[tuple[str, int, int]]:
