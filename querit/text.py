@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from querit.tables import DELIMITERS, read_table
 
 __all__ = [
     "FORMS",
+    "as_judgement",
     "as_text",
     "clean",
     "column_of_numbers",
@@ -34,6 +35,7 @@ __all__ = [
     "is_litter",
     "joined",
     "left_out",
+    "of_one_value",
     "read_documents",
     "read_json_lines",
     "read_lines",
@@ -48,6 +50,7 @@ FORMS = (
     "text (.txt), Markdown (.md), HTML (.html), JSON (.json, .jsonl, .ndjson), tables (.csv, .tsv), each also packed "
     "(.gz), or a folder of them"
 )
+HIGHEST_JUDGEMENT = 1000  # trec_eval keeps a table of all up to the highest; far beyond that it ends the process
 # What systems and tools leave beside documents; hidden names (`.git`, `.DS_Store`, `._notes.md`) begin with a dot.
 LITTER = {"__MACOSX", "__pycache__", "node_modules", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -166,6 +169,26 @@ def as_text(value: Any, place: str, name: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"{place}: {name!r} is {_kind(value)}; it must be a text or a number.")
+
+
+def as_judgement(value: Any, place: str) -> int:
+    """A score of a qrels file. ValueError, naming the place, for what is none."""
+    try:
+        score = int(value)
+    except (TypeError, ValueError):
+        score = HIGHEST_JUDGEMENT + 1
+    if abs(score) > HIGHEST_JUDGEMENT:
+        raise ValueError(f"{place}: the score is {value!r}; it must be a whole number, {HIGHEST_JUDGEMENT} at most.")
+    return score
+
+
+def of_one_value(pairs: Iterable[tuple[str, Any]], name: str) -> dict[str, Any]:
+    """Id -> its value. ValueError, naming the file, for an id of two values, one of which would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{name}: the id {key!r} stands there twice, and not for the same; ids must differ.")
+    return found
 
 
 def column_of_numbers(documents: list[dict], name: str) -> list[float]:

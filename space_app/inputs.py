@@ -4,8 +4,10 @@ What files hold is read by `querit.text`, as everywhere; here are the limits, an
 """
 
 import io
+import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +16,19 @@ from typing import Any
 
 from querit.decoding import json_lines
 from querit.tables import read_table as read_delimited
-from querit.text import TEXT, as_text, clean, document_of, is_litter, joined, read_lines, read_rows, suffix_of
+from querit.text import (
+    TEXT,
+    as_judgement,
+    as_text,
+    clean,
+    document_of,
+    is_litter,
+    joined,
+    of_one_value,
+    read_lines,
+    read_rows,
+    suffix_of,
+)
 from space_app.limits import Limits, RefusedError
 
 SEPARATORS = ("line", "paragraph", "section")
@@ -169,6 +183,8 @@ def unpack(data: bytes, limits: Limits) -> dict[str, bytes]:
                     continue
                 if entry.flag_bits & 1:
                     raise RefusedError("The archive is encrypted; pack it without a password.")
+                if name in files:
+                    raise RefusedError(f"The archive has two files {name}: pack one BEIR folder alone.")
                 with archive.open(entry) as file:
                     files[name] = file.read(left + 1)
                 left -= len(files[name])
@@ -176,9 +192,9 @@ def unpack(data: bytes, limits: Limits) -> dict[str, bytes]:
                     raise RefusedError(
                         f"The archive unpacks to more than {limits.unpacked_bytes / 1e6:g} MB; that is refused."
                     )
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeDecodeError) as error:
         raise RefusedError("The file is no .zip archive that can be read.") from error
-    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
+    except (zlib.error, lzma.LZMAError) as error:
         raise RefusedError("The archive is damaged.") from error
     return files
 
@@ -198,17 +214,19 @@ def judged_of_beir(files: dict[str, bytes]) -> JudgedSet:
     splits = sorted(name for name in files if name.startswith("qrels/"))
     if not splits:
         raise RefusedError(f"The archive has no qrels/test.tsv: {BEIR}")
-    corpus, queries = ({document["_id"]: clean(joined(document)) for document in documents_of(files[name], name)}
-                       for name in ("corpus.jsonl", "queries.jsonl"))  # fmt: skip
+    corpus, queries = (
+        of_one_value(((row["_id"], clean(joined(row))) for row in documents_of(files[name], name)), name)
+        for name in ("corpus.jsonl", "queries.jsonl")
+    )
     split = "qrels/test.tsv" if "qrels/test.tsv" in splits else splits[0]
     qrels: dict[str, dict[str, int]] = {}
     for place, row in read_delimited(read_lines(io.BytesIO(files[split]), split), split, ".tsv", "query-id"):
         try:
-            query, document, score = row["query-id"], row["corpus-id"], int(row["score"])
-        except (KeyError, ValueError):
+            query, document, score = row["query-id"], row["corpus-id"], as_judgement(row["score"], place)
+        except KeyError:
             raise RefusedError(f"{place}: not query-id, corpus-id and a whole score, as in a BEIR folder.") from None
-        if query in queries:
-            qrels.setdefault(query, {})[document] = score
+        if query in queries and qrels.setdefault(query, {}).setdefault(document, score) != score:
+            raise RefusedError(f"{place}: query {query} and document {document} are judged above too, otherwise.")
     return with_relevant(queries, corpus, qrels, {})
 
 

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from querit.text import as_text, is_litter, joined, read_json_lines
+from querit.text import as_judgement, as_text, is_litter, joined, of_one_value, read_json_lines, read_lines
 
 # What every row must say.
 KEYS = {"corpus": ("_id", "text"), "queries": ("_id", "text"), "top_ranked": ("query-id", "corpus-ids")}
@@ -30,11 +30,11 @@ def read_jsonl(folder: str | Path, name: str) -> Iterator[dict]:
 
 def read_corpus(folder: str | Path) -> dict[str, str]:
     """Document id -> its title and text, joined as they are for a model that ranks them."""
-    return {row["_id"]: joined(row) for row in read_jsonl(folder, "corpus")}
+    return of_one_value(((row["_id"], joined(row)) for row in read_jsonl(folder, "corpus")), f"{folder}/corpus.jsonl")
 
 
 def read_queries(folder: str | Path) -> dict[str, str]:
-    return {row["_id"]: row["text"] for row in read_jsonl(folder, "queries")}
+    return of_one_value(((row["_id"], row["text"]) for row in read_jsonl(folder, "queries")), f"{folder}/queries.jsonl")
 
 
 def qrels_files(folder: str | Path) -> list[Path]:
@@ -48,20 +48,20 @@ def read_qrels(folder: str | Path, split: str | None = None) -> dict[str, dict[s
     if len(files) != 1:
         raise FileNotFoundError(f"{folder}/qrels has {[f.name for f in files]}; name the split to read.")
     qrels: dict[str, dict[str, int]] = {}
-    with open(files[0], encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    with files[0].open("rb") as file:
+        rows = csv.DictReader(read_lines(file, str(files[0])), delimiter="\t", quoting=csv.QUOTE_NONE)
         if missing := [name for name in JUDGED if name not in (rows.fieldnames or ())]:
             raise ValueError(
                 f"{files[0]}: its first line must name the columns {', '.join(JUDGED)}, with tabs between; "
                 f"{', '.join(missing)} is not there."
             )
         for row in rows:
-            try:
-                qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-            except (TypeError, ValueError):
+            score = as_judgement(row["score"], f"{files[0]}:{rows.line_num}")
+            if qrels.setdefault(row["query-id"], {}).setdefault(row["corpus-id"], score) != score:
                 raise ValueError(
-                    f"{files[0]}:{rows.line_num}: the score is {row['score']!r}; it must be a whole number."
-                ) from None
+                    f"{files[0]}:{rows.line_num}: query {row['query-id']} and document {row['corpus-id']} are judged "
+                    "above too, otherwise. Keep one of the two lines."
+                )
     return qrels
 
 
@@ -69,9 +69,13 @@ def read_top_ranked(folder: str | Path) -> dict[str, list[str]] | None:
     """Query id -> candidate ids where the folder lists them, else None."""
     if not (Path(folder) / "top_ranked.jsonl").exists():
         return None
-    rows = read_jsonl(folder, "top_ranked")
     place = f"{folder}/top_ranked.jsonl"
-    return {row["query-id"]: [as_text(key, place, "corpus-ids") for key in row["corpus-ids"]] for row in rows}
+    ranked = []
+    for row in read_jsonl(folder, "top_ranked"):
+        if not isinstance(row["corpus-ids"], list):
+            raise ValueError(f"{place}, query {row['query-id']}: corpus-ids must be a list of ids.")
+        ranked.append((row["query-id"], [as_text(key, place, "corpus-ids") for key in row["corpus-ids"]]))
+    return of_one_value(ranked, place)
 
 
 def read_texts(folder: str | Path) -> Iterator[str]:

@@ -37,6 +37,10 @@ class BeirFolder(AbsTaskRetrieval):
         self.folder = Path(folder)
         if not self.folder.exists():
             raise FileNotFoundError(f"{folder} does not exist.")
+        if not self.folder.is_dir():
+            raise NotADirectoryError(
+                f"{folder} is a file. Give a BEIR folder: corpus.jsonl, queries.jsonl, qrels/test.tsv."
+            )
         splits = [file.stem for file in qrels_files(folder)]
         if split is None and "test" in splits:
             split = "test"
@@ -64,6 +68,11 @@ class BeirFolder(AbsTaskRetrieval):
         queries = {query: text for query, text in sorted(read_queries(self.folder).items()) if query in self.qrels}
         if not queries:
             raise ValueError(f"{self.folder}: no query of queries.jsonl has a relevant document in qrels.")
+        relevant = (doc for query in queries for doc, score in self.qrels[query].items() if score > 0)
+        if not any(document in corpus for document in relevant):
+            raise ValueError(
+                f"{self.folder}: no document that qrels calls relevant is in corpus.jsonl. Are its ids written alike?"
+            )
         for query in queries if listed is not None else ():
             candidates = (listed or {}).get(query)
             if not candidates:

@@ -86,6 +86,9 @@ def test_files_of_other_systems_are_no_split(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
+        (f"query-id\tcorpus-id\tscore\nq1\td1\t{2**40}\n", r"tsv:2: .* a whole number, 1000 at most"),  # ends trec_eval
+        ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t0\n", r"tsv:3: query q1 and document d1 are judged above too"),
+        (b"query-id\tcorpus-id\tscore\nq1\td\xe9\t1\n", r"test\.tsv:2: not UTF-8"),
         ("q1\td1\t1\n", r"test\.tsv: its first line must name the columns query-id, corpus-id, score"),
         ("", "query-id, corpus-id, score is not there"),
         ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0.5\n", r"test\.tsv:3: the score is '0\.5'"),
@@ -94,6 +97,30 @@ def test_files_of_other_systems_are_no_split(tmp_path):
 )
 def test_judgements_without_a_header_or_a_score_are_told(tmp_path, lines, message):
     folder = small_set(tmp_path / "set")
-    (folder / "qrels" / "test.tsv").write_text(lines)
+    (folder / "qrels" / "test.tsv").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     with pytest.raises(ValueError, match=message):
         read_qrels(folder)
+
+
+def test_an_id_of_two_texts_is_refused_and_of_one_text_twice_is_not(tmp_path):
+    row = '{"_id": "a", "text": "one"}\n'
+    for name, read in (("corpus", read_corpus), ("queries", read_queries)):
+        (tmp_path / f"{name}.jsonl").write_text(row * 2)
+        assert read(tmp_path) == {"a": "one"}
+        (tmp_path / f"{name}.jsonl").write_text(row + row.replace("one", "two"))
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl: the id 'a' stands there twice"):
+            read(tmp_path)
+
+
+def test_files_in_utf_16_are_read_as_their_byte_order_mark_says(tmp_path):
+    folder = small_set(tmp_path / "set")
+    expected = read_qrels(folder)
+    path = folder / "qrels" / "test.tsv"
+    path.write_bytes(path.read_text().encode("utf-16"))
+    assert read_qrels(folder) == expected
+
+
+def test_candidates_that_are_no_list_are_refused(tmp_path):
+    (tmp_path / "top_ranked.jsonl").write_text('{"query-id": "q", "corpus-ids": "d1"}\n')
+    with pytest.raises(ValueError, match="query q: corpus-ids must be a list"):
+        read_top_ranked(tmp_path)

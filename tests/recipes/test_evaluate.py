@@ -90,6 +90,16 @@ def test_every_system_is_measured_on_the_same_sampled_queries(results):
     assert found["mean"]["retriever"]["gain"] == 0
 
 
+def test_judgements_of_no_document_of_the_corpus_are_refused(tmp_path):
+    folder = small_set(tmp_path / "set")
+    path = folder / "qrels" / "test.tsv"
+    path.write_text(path.read_text().replace("\td", "\tD"))
+    with pytest.raises(ValueError, match=r"set: no document that qrels calls relevant is in corpus\.jsonl"):
+        BeirFolder(folder).load_data()
+    with pytest.raises(NotADirectoryError, match=r"corpus\.jsonl is a file. Give a BEIR folder"):
+        BeirFolder(folder / "corpus.jsonl")
+
+
 def first_stage_of(args, name):
     (path,) = Path(args.output_dir).glob(f"parts/{name}-*-first-stage/{name}_predictions.json")
     return json.loads(path.read_text())["default"]["test"]

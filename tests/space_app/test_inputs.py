@@ -15,6 +15,7 @@ from space_app.inputs import join_documents, read_judged, read_table, split_docu
 from space_app.limits import Limits, RefusedError
 
 LIMITS = Limits()
+JUDGED = "query-id\tcorpus-id\tscore\n"
 
 
 def write(folder, name, content):
@@ -145,8 +146,13 @@ def test_rows_of_judged_texts_are_read(tmp_path):
         (beir(corpus='{"text": "a"}'), "corpus.jsonl:1: no _id"),
         (beir(corpus="[]"), "corpus.jsonl:1: a list"),
         (beir(queries='{"_id": "q1", "text": ["a"]}'), "queries.jsonl:1: 'text' is a list"),
-        (beir(qrels="query-id\tcorpus-id\tscore\nq1\td1\tmany\n"), "qrels/test.tsv:2: not query-id"),
-        (beir(qrels="query-id\tcorpus-id\tscore\nq1\td1\t0\n"), "no query with a relevant document"),
+        (beir(qrels="query-id\tdocument\tscore\nq1\td1\t1\n"), "qrels/test.tsv:2: not query-id"),
+        (beir(qrels=f"{JUDGED}q1\td1\tmany\n"), "qrels/test.tsv:2: the score is 'many'"),
+        (beir(qrels=f"{JUDGED}q1\td1\t{2**40}\n"), "a whole number, 1000 at most"),  # ends trec_eval
+        (beir(qrels=f"{JUDGED}q1\td1\t1\nq1\td1\t0\n"), "qrels/test.tsv:3: query q1 and document d1"),
+        (beir(corpus='{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}'), "corpus.jsonl: the id '1' stands"),
+        (beir() | beir(folder="other/"), "two files corpus.jsonl"),
+        (beir(qrels=f"{JUDGED}q1\td1\t0\n"), "no query with a relevant document"),
         (beir(corpus=b"\xff"), "corpus.jsonl:1: not UTF-8"),
         ({f"{n}.txt": "" for n in range(201)}, "201 entries"),
         (beir(corpus="\n".join(json.dumps({"_id": str(n), "text": "x"}) for n in range(5001)),
@@ -190,6 +196,10 @@ def test_damaged_and_encrypted_archives_are_refused(tmp_path):
     for cut in (data[:10], data[:-30], b"PK", b"", data[:80] + b"\x00" * 60 + data[140:]):
         with pytest.raises(RefusedError):
             read_judged(write(tmp_path, "cut.zip", cut), LIMITS)
+    packed = pack(tmp_path / "packed.zip", {"corpus.jsonl": "tide " * 400}, compress_type=zipfile.ZIP_LZMA).read_bytes()
+    for damaged in (packed[:60] + b"\x00" * 9 + packed[69:], pack(tmp_path / "ü.zip", {"ü": ""}).read_bytes()):
+        with pytest.raises(RefusedError, match="archive"):
+            read_judged(write(tmp_path, "cut.zip", damaged.replace("ü".encode(), b"\xff\xff")), LIMITS)
     locked = bytearray(data)
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         at = locked.find(signature)
