@@ -11,6 +11,7 @@ import uvicorn
 
 from querit.serve.admission import Limits
 from querit.serve.app import create_app
+from querit.text import read_lines
 
 KEYS = "QUERIT_API_KEYS"  # with commas or blanks between them
 
@@ -32,16 +33,21 @@ class Server(uvicorn.Server):
 
 
 def read_keys(file: Path | None) -> list[str]:
-    """The keys of a file, one a line, `#` before comments, or of the environment. Raises ValueError for an empty file.
+    """The keys of a file, one a line, `#` before comments, or of the environment.
 
-    They are never given on the command line, which other users of the machine can read.
+    They are never given on the command line, which other users of the machine can read. Raises ValueError for a file
+    without a key or that is no text, and for keys that no client could send.
     """
     if file is None:
-        return os.environ.get(KEYS, "").replace(",", " ").split()
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ValueError(f"{file} has no key. Put one a line, or leave --api-keys out to ask for none.")
+        keys = os.environ.get(KEYS, "").replace(",", " ").split()
+    else:
+        with file.open("rb") as opened:
+            lines = [line.strip() for line in read_lines(opened, str(file))]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise ValueError(f"{file} has no key. Put one a line, or leave --api-keys out to ask for none.")
+    if not all(map(str.isascii, keys)):
+        raise ValueError(f"A key of {file or KEYS} has other characters than ASCII, which no header can hold.")
     return keys
 
 

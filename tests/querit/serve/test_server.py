@@ -61,6 +61,14 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# of the search team\nfour\n\n five \n")
     assert read_keys(file) == ["four", "five"]
+    file.write_bytes("# of an editor on Windows\r\nsix\r\n".encode("utf-8-sig"))
+    assert read_keys(file) == ["six"]
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="keys:1: not UTF-8"):
+        read_keys(file)
+    file.write_text("schlüssel\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no header can hold"):
+        read_keys(file)
     file.write_text("# none\n")
     with pytest.raises(ValueError, match="has no key"):
         read_keys(file)
