@@ -32,6 +32,8 @@ def folder_of(source: str, revision: str | None = None) -> Path:
                 f"{source} is here, on this machine, where nothing tells commits apart. Leave {revision} out, or name "
                 "the Hub repo from a folder in which nothing is called the same."
             )
+        if not Path(source).is_dir():
+            raise ValueError(f"{source} is a file. Give the folder of a model, or the .onnx file of an export.")
         return Path(source)
     check_exists(source)
     try:

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -269,6 +270,9 @@ def test_missing_files_folders_models_and_empty_queries_are_named(tmp_path, mode
     for missing in (tmp_path / "no-model", "no-model", "./no/model", "some/deep/no-model"):
         result = invoke("rank", "tide", tmp_path / "d.txt", "--model", missing)
         assert result.exit_code == 1 and f"{missing} does not exist" in result.output, result.output
+    weights = Path(model) / "model.safetensors"
+    result = invoke("rank", "tide", tmp_path / "d.txt", "--model", weights)
+    assert result.exit_code == 1 and f"{weights} is a file. Give the folder" in result.output
     # Before documents and model are looked for.
     result = invoke("rank", " ", tmp_path / "nowhere.txt", "--model", tmp_path / "no-model")
     assert result.exit_code == 1 and "query is empty" in result.output
