@@ -16,7 +16,7 @@ from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_y
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, yaml_dump
 from transformers import PreTrainedTokenizerBase
 
-from hub_card.convert import NO_LABELS, check_ids, check_weight_files, read_tokenizer, write_json
+from hub_card.convert import NO_LABELS, check_ids, check_not_here, check_weight_files, read_tokenizer, write_json
 from hub_card.from_sentence_transformers import load_checkpoint
 from hub_card.probes import write_probes
 from hub_card.provenance import RELIABILITY, merges_of, write_merges
@@ -94,13 +94,16 @@ def build(
 
 
 def check_target(source: Path, folder: Path) -> None:
-    if not source.is_dir():
-        raise ValueError(f"{source} is a file. Give the folder of a checkpoint, or a Hub id.")
+    check_not_here(folder)
     if folder.resolve() in source.resolve().parents:
         raise ValueError(f"{folder} holds the checkpoint, which would be lost. Give another folder to build.")
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if used and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model, and would be replaced. Remove it, or give another folder.")
+    if (folder / ".git").exists():
+        raise ValueError(
+            f"{folder} is a git repository, which would be lost. Build another folder, and copy its files."
+        )
 
 
 def write_release_config(folder: Path) -> None:

@@ -83,8 +83,15 @@ def check_folders(source: Path, output: Path) -> None:
         raise FileNotFoundError(f"There is no folder {source}. Give the folder of a downloaded checkpoint.")
     if source.resolve() == output.resolve():
         raise ValueError(f"The output is the source, {source}. Give another folder: the source is never changed.")
+    check_not_here(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Remove it or give another output.")
+
+
+def check_not_here(output: Path) -> None:
+    """A folder appears whole by taking the place of what stood there: of one that a shell is in, it cannot."""
+    if output.resolve() == Path.cwd():
+        raise ValueError(f"{output} is the folder that you are in, and cannot be replaced. Give another one.")
 
 
 def read_config(source: Path) -> dict:

@@ -169,7 +169,7 @@ def test_a_build_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["nano"]
 
 
-def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path):
+def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path, monkeypatch):
     tiny_model("qwen3").model.save_pretrained(tmp_path / "in" / "backbone")
     tokenizer_of("qwen3").save_pretrained(tmp_path / "in" / "backbone")
     with pytest.raises(ValueError, match="is no Querit reranker"):
@@ -182,7 +182,15 @@ def test_what_is_no_model_is_neither_built_nor_replaced(tmp_path):
         build(tmp_path / "in" / "backbone", tmp_path / "in", CARD)
     with pytest.raises(ValueError, match="is a file"):
         build(tmp_path / "notes" / "diary.txt", tmp_path / "out", CARD)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes"]
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    (tmp_path / "clone" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a git repository"):
+        build(folder_of("bert"), tmp_path / "clone", CARD)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="the folder that you are in"):
+        build(folder_of("bert"), Path("."), CARD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clone", "here", "in", "notes"]
     assert files_in(tmp_path / "notes") == {"diary.txt": b"kept"}
 
 

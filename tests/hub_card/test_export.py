@@ -293,7 +293,7 @@ def test_a_backbone_or_a_bidirectional_model_is_told(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["backbone"]
 
 
-def test_an_output_in_use_and_the_source_itself_are_left_alone(tmp_path):
+def test_an_output_in_use_and_the_source_itself_are_left_alone(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     for to in ("vllm", "onnx"):
@@ -303,6 +303,10 @@ def test_an_output_in_use_and_the_source_itself_are_left_alone(tmp_path):
         export(folder_of("qwen3"), folder_of("qwen3"), "vllm")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="the folder that you are in"):
+        export(folder_of("qwen3"), ".", "vllm")
 
 
 def test_scores_that_differ_are_refused(tmp_path):
