@@ -252,8 +252,8 @@ def adapt(
         typer.Option(help="Embedding model that finds candidates. A teacher that is one, else BM25, if not given."),
     ] = None,
     queries_per_document: Annotated[int, typer.Option(min=1, help="Most queries written for a document.")] = 3,
-    budget_minutes: Annotated[float, typer.Option(min=0, help="About how long all of it may take.")] = 30,
-    seed: Annotated[int, typer.Option(help="Seed of every choice.")] = 0,
+    budget_minutes: Annotated[float, typer.Option(min=0, max=100_000, help="About how long all of it may take.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every choice.")] = 0,
 ) -> None:
     """Adapt a reranker to your own documents, without labels, and say whether it is better."""
     try:

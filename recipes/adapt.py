@@ -117,8 +117,9 @@ def make_plan(args: AdaptArguments, work: Path) -> None:
     for name, config in stages.items():
         write_text(work / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     minutes = math.ceil(sum(seconds.values()) / 60)
+    name = Path(args.documents).resolve().name
     words = (
-        f"{documents:,} documents in {Path(args.documents).name}. About {queries + size.judged:,} queries are written "
+        f"{documents:,} documents in {name}. About {queries + size.judged:,} queries are written "
         f"for {stages['1_mine']['sample']:,} of them; {roles.words} score {size.top_k} candidates for each of "
         f"{queries:,}, the model is trained on that, and up to {size.judged} queries of documents held aside judge it "
         f"before and after. {len(stages)} steps, about {minutes} minutes."
@@ -208,9 +209,14 @@ def adapt(args: AdaptArguments) -> dict[str, Any]:
     Raises ValueError for documents, models and budgets that cannot be used, FileExistsError if the output is there.
     """
     out = Path(args.output)
-    work = out.with_name(f"{out.name}.work").resolve()
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another output, or move it away.")
+    if Path(args.documents).resolve() in out.resolve().parents:
+        raise ValueError(
+            f"{out} is inside {args.documents}: what is written there would be read as documents. Name an --output "
+            "outside."
+        )
+    work = out.with_name(f"{out.name}.work").resolve()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     goes_on = (work / PLAN).exists()

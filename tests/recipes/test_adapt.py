@@ -319,6 +319,13 @@ def test_what_cannot_be_adapted_is_refused_with_the_fix(documents, model, tmp_pa
     assert found.exit_code == 1 and "Give --budget-minutes" in found.output
     found = invoke("adapt", documents, "--output", tmp_path / "a", "--model", model, "--generator", "http://x/v1")
     assert found.exit_code == 1 and "http://x/v1#MODEL" in found.output
+    for options in (["--budget-minutes", "inf"], ["--seed", "-1"]):  # numpy takes no negative seed, and tells it late
+        found = invoke("adapt", documents, "--output", tmp_path / "a", "--model", model, *options)
+        assert found.exit_code == 2 and options[0] in found.output
+    found = invoke("adapt", documents, "--output", documents / "a", "--model", model)
+    assert found.exit_code == 1 and "would be read as documents" in found.output and not (documents / "a.work").exists()
+    found = invoke("adapt", documents, "--output", ".", "--model", model)
+    assert found.exit_code == 1 and "is there already" in found.output
     assert not (tmp_path / "a").exists()
 
 
