@@ -1,6 +1,7 @@
 """The endpoints: each reads its API's request, has it scored, and answers in its API's form."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -164,7 +165,7 @@ def create_app(ranker: Any, name: str, limits: Limits | None = None, keys: Seque
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         if request.state.api == "either":
-            request.state.api = "tei" if schemas.rerank_form(error.body) == "texts" else "jina"
+            request.state.api = schemas.rerank_form(error.body).lower()
         return error_response(request.state.api, INVALID[request.state.api], problems(error))
 
     @app.exception_handler(HTTPException)
@@ -212,7 +213,8 @@ def problems(error: RequestValidationError) -> str:
     """Where and what, and never the value: it is the client's text, of any size."""
     found = []
     for each in error.errors()[:8]:
-        place = [str(key) for key in each["loc"][1:]]
+        # Without the names of kinds (JINA, Document, list[...]), of which a client knows nothing.
+        place = [str(key) for key in each["loc"][1:] if re.fullmatch("[a-z0-9_]+", str(key))]
         if each["type"] == "json_invalid":
             found.append(f"the body is no JSON: {each['ctx']['error']} at character {place[0]}")
         elif each["type"] == "model_attributes_type" and len(place) < 2:
@@ -220,7 +222,7 @@ def problems(error: RequestValidationError) -> str:
         elif each["type"] == "string_pattern_mismatch":
             found.append(f"{'.'.join(place)}: it is blank")
         else:
-            found.append(f"{'.'.join(place)}: {each['msg']}")
+            found.append(f"{'.'.join(place) or 'the body'}: {each['msg']}")
     return "; ".join(found)
 
 

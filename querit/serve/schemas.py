@@ -108,11 +108,11 @@ class TeiResult(BaseModel):
 
 
 def rerank_form(body: Any) -> str:
-    return "texts" if isinstance(body, dict) and "texts" in body else "documents"
+    return "TEI" if isinstance(body, dict) and "texts" in body else "JINA"
 
 
 RerankRequest = Annotated[
-    Annotated[JinaRequest, Tag("documents")] | Annotated[TeiRequest, Tag("texts")], Discriminator(rerank_form)
+    Annotated[JinaRequest, Tag("JINA")] | Annotated[TeiRequest, Tag("TEI")], Discriminator(rerank_form)
 ]
 
 

@@ -29,6 +29,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host  # IPv6
             logger.info("Ready: %s on http://%s:%s (its pages: /docs)", self.name, host, port)
 
 

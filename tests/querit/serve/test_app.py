@@ -203,6 +203,20 @@ def test_only_true_and_false_are_switches(client, value):
     assert answer.status_code == 422 and "return_documents" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("/v1/rerank", {"query": "q", "documents": ["a", 3]}, "documents.1: "),
+        ("/v1/rerank", {"query": "q", "documents": [{"body": "a"}]}, "documents.0.text: Field required"),
+        ("/rerank", {"documents": ["a"]}, "query: Field required"),
+        ("/score", {"queries": ["q", " "], "documents": ["a", "b"]}, "queries.1: it is blank"),
+    ],
+)
+def test_errors_name_the_field_and_nothing_of_the_code(client, path, body, place):
+    told = client.post(path, json=body).text
+    assert place in told and not any(name in told for name in ("function", "list[", "Document", "JINA", ".query"))
+
+
 def test_half_a_character_is_read_as_the_sign_for_it(client):
     body = b'{"query": "tide \\ud83d", "documents": ["rises \\ude00", "flour"]}'
     rows = client.post("/v1/rerank", content=body, headers={"Content-Type": "application/json"}).json()["results"]
