@@ -446,12 +446,13 @@ def serve(
     """Serve the rerank APIs of Jina, Cohere, text-embeddings-inference and vLLM."""
     try:
         from querit.serve.admission import Limits
-        from querit.serve.server import read_keys
+        from querit.serve.server import check_address, read_keys
         from querit.serve.server import serve as run
     except ImportError as error:
         raise fail(f"{error}. `querit serve` needs the extra: pip install querit-reranker[serve]") from None
     try:
         keys = read_keys(api_keys)
+        check_address(host, port)  # before a model is loaded for it
     except (OSError, ValueError) as error:
         raise fail(str(error)) from None
     source = named(model)

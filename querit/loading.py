@@ -65,10 +65,12 @@ def load(
     from hub_card.from_sentence_transformers import check_one_head
     from modeling_querit.modeling_querit import QueritForSequenceClassification
     from modeling_querit.pipeline_querit import TextRankingPipeline
-    from querit.devices import DevicesPipeline
+    from querit.devices import DevicesPipeline, read_devices
 
     if device and devices:
         raise ValueError("devices takes the place of device: give only one of them.")
+    if device is not None:
+        read_devices([device])  # tells in words what is none
     source = named(None if source is None else str(source))
     if source.endswith(".onnx"):
         if devices:

@@ -146,6 +146,7 @@ def create_app(ranker: Any, name: str, limits: Limits | None = None, keys: Seque
         """The one model that is served."""
         return schemas.ModelList(data=[schemas.ModelCard(id=name, created=started, max_model_len=ranker.max_length)])
 
+    @app.head("/health", include_in_schema=False)  # some monitors ask for no more
     @app.get("/health", responses=failures(schemas.VllmError))
     async def health() -> dict[str, str]:
         """200 while requests are taken and scored."""

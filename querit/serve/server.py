@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,20 @@ class Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host  # IPv6
             logger.info("Ready: %s on http://%s:%s (its pages: /docs)", self.name, host, port)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ValueError for an address that cannot be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"{host} port {port} cannot be listened on ({error.strerror}). Give an address of this machine as --host, "
+            "and a --port that is free."
+        ) from None
 
 
 def read_keys(file: Path | None) -> list[str]:

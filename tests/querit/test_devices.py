@@ -215,6 +215,11 @@ def test_devices_that_are_none_are_refused_by_name(names, message):
         querit.load(folder_of("bert"), devices=names)
 
 
+def test_one_device_that_is_none_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'gpu' is no device of this machine\. It has: cpu"):
+        querit.load(folder_of("bert"), device="gpu")
+
+
 def test_one_device_or_several():
     with pytest.raises(ValueError, match="devices takes the place of device"):
         querit.load(folder_of("bert"), device="cpu", devices=["cpu"])

@@ -119,6 +119,7 @@ def test_models_health_and_pages(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == (NAME, tiny_ranker().max_length)
     assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/health").status_code == 200
     assert "swagger" in client.get("/docs").text
 
 

@@ -75,7 +75,12 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [(["/nowhere/x.onnx"], "x.onnx"), (["--api-keys", "/nowhere/keys"], "/nowhere/keys")]
+    ("options", "words"),
+    [
+        (["/nowhere/x.onnx"], "x.onnx"),
+        (["--api-keys", "/nowhere/keys"], "/nowhere/keys"),
+        (["--host", "192.0.2.1"], "192.0.2.1 port 8000 cannot be listened on"),  # an address of documentation's
+    ],
 )
 def test_a_start_that_fails_says_why_in_a_sentence(options, words):
     command = [sys.executable, "-m", "querit", "serve", *options]
