@@ -91,9 +91,7 @@ def render(folder: Path, member: str | None = None, results: Path | None = None)
         own=published["members"][about["published"]] if published else None,
         sources=sources_table(sources),
         by_language=languages_table(measured, about["languages"]) if measured and "languages" in about else "",
-        # The first release of Nano has its own among the recipe's results.
-        reliability=reliability_table(folder / RELIABILITY)
-        or reliability_table(RECIPES / about.get("recipe", "") / "results" / RELIABILITY),
+        reliability=reliability_table(folder / RELIABILITY),
         training=training_table(stages),
     )
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
