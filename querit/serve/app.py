@@ -184,9 +184,10 @@ def create_app(ranker: Any, name: str, limits: Limits | None = None, keys: Seque
 async def wait_for(request: Request, batcher: Batcher, job: Job) -> Answer:
     """The job's answer. When the client is gone, or the request's time is over, it costs no more."""
     try:
-        answer = asyncio.wrap_future(batcher.submit(job))
+        future = batcher.submit(job)
     except RuntimeError as error:
         raise ApiError(503, str(error)) from None
+    answer = asyncio.wrap_future(future)
     gone = asyncio.ensure_future(disconnected(request))
     both: set[asyncio.Future] = {answer, gone}
     try:
@@ -202,7 +203,7 @@ async def wait_for(request: Request, batcher: Batcher, job: Job) -> Answer:
         raise ApiError(503, str(error)) from None
     finally:
         gone.cancel()
-        answer.cancel()
+        future.cancel()  # now: answer.cancel() would reach it in the loop's next turn, when the client has its response
 
 
 async def disconnected(request: Request) -> None:
