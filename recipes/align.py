@@ -237,9 +237,11 @@ def main(script: AlignArguments, args: RewardConfig) -> None:
     whole = BertForSequenceClassification.from_pretrained(script.model_name_or_path)
     kept = whole.bert.load_state_dict(trainer.model.state_dict(), strict=False)  # type: ignore[union-attr]
     assert not kept.unexpected_keys
-    whole.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if trainer.is_world_process_zero():
+        whole.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     trainer.save_state()
+    trainer.accelerator.end_training()  # as in recipes.train
 
 
 if __name__ == "__main__":

@@ -413,6 +413,7 @@ def main(script: ScriptArguments, args: RewardConfig) -> None:
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(str(out)))
     trainer.save_model(str(out))
     trainer.save_state()
+    trainer.accelerator.end_training()  # else a process of several may abort as it ends, its threads still running
 
 
 if __name__ == "__main__":

@@ -85,8 +85,7 @@ def drawn_texts(sources: Iterable[list[str]], max_characters: int, rng: random.R
     """Texts drawn from every source alike: equally many characters of each, as far as it has them."""
     sources = [rng.sample(source, len(source)) for source in sources if source]
     sizes = sorted(sum(map(len, source)) for source in sources)
-    left = max_characters
-    share = max_characters
+    left = share = max_characters
     for place, size in enumerate(sizes):  # what a small source leaves is the others'
         share = left // (len(sizes) - place)
         left -= min(size, share)
@@ -177,12 +176,13 @@ def part_pieces(
             for start in range(1, len(word) - 1):
                 saved[word[start : start + 2]] += count
         couples = [piece for piece, _ in saved.most_common(syllables)]
-        size, pieces = most, couples
-        # Some of a model's pieces are known from another language: then a larger one is asked.
-        while len([piece for piece in dict.fromkeys(pieces) if piece not in known]) < most and size < 10 * most:
-            size = size * 7 // 4 if pieces is not couples else size * 5 // 4 + 100
-            pieces = [*couples, *unigram_parts(counts, size)]
-        return pieces
+        size = most * 5 // 4 + 100
+        while True:
+            pieces = list(dict.fromkeys([*couples, *unigram_parts(counts, size)]))
+            # Some of a model's pieces are known from another language: then a larger one is asked.
+            if sum(piece not in known for piece in pieces) >= most or size >= 10 * most:
+                return pieces
+            size = size * 7 // 4
     letters = SCRIPTS[language]
     for word, count in Counter({w: c for w, c in words.items() if re.search(letters, w)}).most_common(60_000):
         body = word.strip(START)

@@ -35,17 +35,23 @@ class Server(uvicorn.Server):
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises ValueError for an address that cannot be listened on."""
+    """Raises ValueError for what cannot be listened on. A name may stand for several addresses: one will do."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-            probe.bind(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ValueError(
-            f"{host} port {port} cannot be listened on ({error.strerror}). Give an address of this machine as --host, "
-            "and a --port that is free."
-        ) from None
+        raise ValueError(f"{host} is no address ({error.strerror}). Give one of this machine as --host.") from None
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                probe.bind(address)
+            return
+        except OSError as error:
+            why = error.strerror
+    raise ValueError(
+        f"{host} port {port} cannot be listened on ({why}). Give an address of this machine as --host, and a --port "
+        "that is free."
+    )
 
 
 def read_keys(file: Path | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Nano's tokenizer: the teacher's pieces for English, whole words and parts of words for other languages."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from recipes.vocabulary import (
     REPORT,
     VocabularyArguments,
     by_share,
+    drawn_texts,
     main,
     part_pieces,
     used_most,
@@ -47,6 +49,12 @@ def test_marks_go_from_latin_letters_alone():
     assert words("a\u200bb\x00c") == ["▁abc"]
 
 
+def test_letters_that_many_write_otherwise_are_one_word():
+    words = word_cutter()
+    assert words("Straße STRASSE") == ["▁strasse"] * 2  # as wordfreq's list has it
+    assert words("чёрный ЧЕРНЫЙ") == ["▁черный"] * 2
+
+
 @given(st.text(max_size=80))
 def test_any_text_is_cut_and_every_offset_lies_in_it(text):
     encoding = TOKENIZER.encode(text, add_special_tokens=False)
@@ -78,6 +86,17 @@ def test_the_most_frequent_words_of_lists_and_texts_come_first():
     japanese = by_share(word_shares("ja", Counter(), word_cutter(), text_weight=0.5))
     assert len(japanese) > 1000 and all(word_cutter()(word) == [word] and len(word) > 1 for word in japanese[:50])
     assert by_share(word_shares("ko", Counter(), word_cutter(), 0.5))[0].startswith("▁")
+
+
+def test_every_source_has_its_share_of_the_texts():
+    manual, news, little = (["m" * 10] * 500, ["n" * 20] * 500, ["l" * 5] * 8)
+    drawn = Counter("".join(drawn_texts([manual, [], news, little], 1000, random.Random(0))))
+    # 40 of the least, and the others half of what is left each, to the end of a text
+    assert drawn == {"l": 40, "m": 480, "n": 480}
+    assert Counter("".join(drawn_texts([little], 1000, random.Random(0)))) == {"l": 40}
+    mixed = [f"{n:04}" for n in range(200)]
+    kept = drawn_texts([mixed], 100, random.Random(1))
+    assert len(kept) == 25 == len(set(kept)) and kept != mixed[:25]  # not the first ones
 
 
 def test_parts_without_an_alphabet_are_ordered_by_what_they_save():

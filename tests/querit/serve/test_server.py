@@ -79,6 +79,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     [
         (["/nowhere/x.onnx"], "x.onnx"),
         (["--api-keys", "/nowhere/keys"], "/nowhere/keys"),
+        (["--host", "no such host"], "no such host is no address"),
         (["--host", "192.0.2.1"], "192.0.2.1 port 8000 cannot be listened on"),  # an address of documentation's
     ],
 )
