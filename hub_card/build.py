@@ -1,7 +1,7 @@
 """A trained checkpoint -> the exact folder that is uploaded. The same input gives the same bytes.
 
 querit build runs/querit-nano/calibrated hub_card/querit-reranker-nano \\
-    --max-length 256 --results recipes/querit-nano/results/dev
+    --max-length 512 --results recipes/querit-nano/results/dev
 """
 
 import hashlib

@@ -47,7 +47,7 @@ sigmoid(logit), Querit's score in [-1, 1] is tanh(logit / 2).
 | file | MB | order | score and probability |
 |---|---|---|---|
 | `{float32}` | {float32_mb:.0f} | the same | the same to rounding |
-| `{int8}` | {int8_mb:.0f} | near: judge it on queries of your own; Nano's card says what it cost | near |
+| `{int8}` | {int8_mb:.0f} | near: judge it on queries of your own | near |
 
 Over {probes} probe pairs, a logit of float32 moved by {difference:.1g} at most; int8's rank correlation with the model
 is {correlation:.3f}, and a probability moved by {moved:.3f} at most. int8 has the layers' weights per channel and the

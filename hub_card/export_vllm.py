@@ -42,13 +42,18 @@ KEEPS = {
 # What vLLM reads of an architecture's router and transformers does not write, since its class has no other: without it
 # vLLM finds no place for the router's bias, and would choose experts by softmax.
 ROUTERS = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-# What was seen of an architecture; tests/integrations/test_vllm.py runs the first.
-RUN = {
-    "qwen3": """Small models of this architecture, exported alike, were run with vLLM 0.32 on a CPU in float32: `/score`
-and `/rerank` are equal to the pipeline to 1e-5 on 214 pairs. This export was not run.""",
-    "deepseek_v3": """**Do not trust vLLM with this architecture yet.** Small models of it, exported alike, were served
-by vLLM 0.32 on a CPU in float32 and scored otherwise than the pipeline: probabilities were off by some 0.05, without
-experts too. What differs was not found: compare the probes of `export.json` on your machine first.""",
+# What was seen of an architecture, in README.md; tests/integrations/test_vllm.py runs each.
+EQUAL = """Small models of this architecture, exported alike, were run with vLLM 0.32 on a CPU in float32: `/score` and
+`/rerank` are equal to the pipeline to 1e-5 on 214 pairs. This export was not run."""
+RUN = {"qwen3": EQUAL, "deepseek_v3": EQUAL}
+# vLLM 0.32's own rotary kernel for CPUs turns the first head alone where the heads of a query are an axis of their own,
+# as here and not in qwen3: probabilities of small models were off by up to 0.2.
+ON_CPU = {
+    "deepseek_v3": """
+**On a CPU** add `--compilation-config '{"custom_ops": ["all", "-rotary_embedding"]}'`: vLLM's kernel for rotary
+positions there turns only the first head, and the scores would be wrong. In float32 a CPU with AMX needs
+`--attention-backend CPU_MLA`, too.
+""",
 }
 NOT_RUN = "vLLM was not run for this architecture: compare the probes first."
 README = """# {name} for vLLM
@@ -80,7 +85,7 @@ refuses, because it would have to drop the text. Pairs are not concerned.
 **Never set `truncate_prompt_tokens`**: it cuts off the prompt's end, where the score is read.
 
 {run}
-
+{on_cpu}
 The bias of the head, {bias:+.6g}, is `score.bias` in the weights, which vLLM adds. transformers' class has no bias,
 leaves `score.bias` out with a warning, and its logits keep the order but are too {direction} by it; add `score_bias` of
 config.json:
@@ -159,6 +164,7 @@ def write_vllm(source: Path, config: dict, folder: Path) -> None:
         direction="low" if bias.item() > 0 else "high",
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
         max_length=int(min(limit for limit in limits if limit)),
+        on_cpu=ON_CPU.get(config["model_type"], ""),
     )
     write_record(folder, record, texts, expected, readme)
 

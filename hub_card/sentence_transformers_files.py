@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-POOLING_MODES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}
+POOLING_MODES = {"last": "lasttoken", "cls": "cls"}
 
 
 def write_sentence_transformers_files(
@@ -18,7 +18,7 @@ def write_sentence_transformers_files(
         folder: holds config.json, weights and tokenizer already.
         head_weight: `(2, hidden_size)`, of the two-way head.
         head_bias: `(2,)`.
-        pooling: "last", "mean" or "cls", the folder's `classifier_pooling`.
+        pooling: "last" or "cls", the folder's `classifier_pooling`.
         chat_template: the pair is rendered by the tokenizer's chat template; otherwise by its own pair template.
 
     Raises ValueError for another pooling or shape.

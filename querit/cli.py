@@ -441,7 +441,7 @@ def serve(
     max_characters: Annotated[int, typer.Option(min=1, help="Most characters of a request.")] = 2_000_000,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 10_000_000,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests taken at once; more are told to come back.")] = 128,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 60,
+    timeout: Annotated[float, typer.Option(min=0.1, max=86400, help="Seconds until a request is given up.")] = 60,
 ) -> None:
     """Serve the rerank APIs of Jina, Cohere, text-embeddings-inference and vLLM."""
     try:
@@ -458,7 +458,11 @@ def serve(
     source = named(model)
     limits = Limits(max_documents, max_characters, max_body_bytes, timeout, max_waiting)
     name = Path(source).resolve().name if Path(source).exists() else source
-    run(load_ranker(source, revision, devices), name, host, port, limits, keys)
+    ranker = load_ranker(source, revision, devices)
+    try:
+        run(ranker, name, host, port, limits, keys)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        raise fail(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Each may be packed (.gz). A folder is read with all in it; a BEIR folder is its 
 UTF-32 with a byte order mark. What cannot be read is refused with its place: nothing is cut or guessed in silence.
 """
 
+import csv
 import json
 import math
 import os
@@ -50,6 +51,7 @@ FORMS = (
     "text (.txt), Markdown (.md), HTML (.html), JSON (.json, .jsonl, .ndjson), tables (.csv, .tsv), each also packed "
     "(.gz), or a folder of them"
 )
+JUDGED = ("query-id", "corpus-id", "score")  # columns of a qrels file
 HIGHEST_JUDGEMENT = 1000  # trec_eval keeps a table of all up to the highest; far beyond that it ends the process
 # What systems and tools leave beside documents; hidden names (`.git`, `.DS_Store`, `._notes.md`) begin with a dot.
 LITTER = {"__MACOSX", "__pycache__", "node_modules", "$RECYCLE.BIN", "System Volume Information"}
@@ -180,6 +182,29 @@ def as_judgement(value: Any, place: str) -> int:
     if abs(score) > HIGHEST_JUDGEMENT:
         raise ValueError(f"{place}: the score is {value!r}; it must be a whole number, {HIGHEST_JUDGEMENT} at most.")
     return score
+
+
+def read_judgements(lines: Iterable[str], name: str) -> dict[str, dict[str, int]]:
+    """Query id -> {document id: score} of a qrels file of BEIR. ValueError, with the place, for what is none.
+
+    Ids are read as they stand: a quote is part of one.
+    """
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if missing := [column for column in JUDGED if column not in (rows.fieldnames or ())]:
+        raise ValueError(
+            f"{name}: its first line must name the columns {', '.join(JUDGED)}, with tabs between; "
+            f"{', '.join(missing)} is not there."
+        )
+    judgements: dict[str, dict[str, int]] = {}
+    for row in rows:
+        place, query, document = f"{name}:{rows.line_num}", row["query-id"], row["corpus-id"]
+        score = as_judgement(row["score"], place)
+        if judgements.setdefault(query, {}).setdefault(document, score) != score:
+            raise ValueError(
+                f"{place}: query {query} and document {document} are judged above too, otherwise. Keep one of the two "
+                "lines."
+            )
+    return judgements
 
 
 def of_one_value(pairs: Iterable[tuple[str, Any]], name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -87,10 +88,14 @@ def measure_pace(args: AdaptArguments, roles: Roles, generator: dict[str, Any], 
         if teacher.kind in ("querit", "cross-encoder"):
             same = (teacher.model, teacher.revision) == (own.model, own.revision)
             teaching += model if same else reading(teacher)
-    if roles.first_stage == BM25:
-        return Pace(model, teaching, 0.0, written)
-    encoder = SentenceTransformer(roles.first_stage, revision=roles.first_stage_revision)
-    return Pace(model, teaching, best_time(lambda: encoder.encode(texts)) / tokens, written)
+    encoders = {(teacher.model, teacher.revision) for teacher in roles.teachers if teacher.kind == "bi-encoder"}
+    if roles.first_stage != BM25:
+        encoders.add((roles.first_stage, roles.first_stage_revision))
+    encoding = 0.0
+    for name, revision in sorted(encoders, key=str):
+        encoder = SentenceTransformer(name, revision=revision)
+        encoding += best_time(partial(encoder.encode, texts)) / tokens
+    return Pace(model, teaching, encoding, written)
 
 
 def read_sample(args: AdaptArguments) -> tuple[list[dict], int]:

@@ -4,7 +4,8 @@
 
 What a passage is worth to a question does not depend on their languages. So a teacher that reads English alone can
 label parallel items: its logit of the English question and passage is the label of the same pair in any languages (see
-recipes.lib.groups for the kinds). Where there is no English side the label is a logit that stands for known relevance.
+recipes.lib.groups for the kinds). Where there is no English side the label is a logit that stands for known relevance,
+and an empty passage, of which some groups hold one, has the lowest of all.
 
 The teacher's logits are computed once, in shards: a run that was stopped goes on from the last one. Everything is drawn
 from `seed`.
@@ -53,6 +54,7 @@ GROUPS = pa.schema(
         "relevant": pa.list_(pa.bool_()),
     }
 )
+EMPTY_LOGIT = -11.0  # as low as the teacher's go; of nothing at all it says itself that it may well be an answer
 ENGLISH = ("english_query", "english_documents")  # kept beside the labels: recipes.train may learn from them too
 LABELLED = pa.schema([*SCORED, *(GROUPS.field(name) for name in ENGLISH)])
 
@@ -94,8 +96,10 @@ class CrosslingualArguments:
     known_logit: float = field(
         default=4.3, metadata={"help": "Label of what is known to be relevant; minus this of the others."}
     )
+    empty_share: float = field(default=0.0, metadata={"help": "Share of groups one of whose passages is empty."})
     batch_size: int = field(default=16, metadata={"help": "Pairs per call of the teacher."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of the teacher; bfloat16 where the CPU has it."})
+    workers: int = field(default=1, metadata={"help": "Processes that label; each holds the teacher."})
     shard_size: int = field(default=256, metadata={"help": "Groups between points that a stopped run goes on from."})
     seed: int = field(default=0, metadata={"help": "Seed of every choice made here."})
 
@@ -145,6 +149,10 @@ def chosen_groups(builder: Builder, args: CrosslingualArguments) -> list[Group]:
         if group.english:
             query, documents = group.english
             group.english = cut([query], args.query_tokens)[0], cut(documents, tokens)
+        if builder.rng.random() < args.empty_share:
+            emptied = builder.rng.randrange(1, len(group.documents))  # the first may be the one that is relevant
+            for documents in (group.documents, group.english[1] if group.english else []):
+                documents[emptied : emptied + 1] = [""]
     return chosen
 
 
@@ -169,6 +177,7 @@ class Label:
                 scores = [next(logits) for _ in item["documents"]]
             else:
                 scores = [self.known_logit if relevant else -self.known_logit for relevant in item["relevant"]]
+            scores = [score if text else EMPTY_LOGIT for score, text in zip(scores, item["documents"], strict=True)]
             labels = torch.tensor(scores).sigmoid().tolist()
             kept = {key: item[key] for key in ("target", "query", "documents", "relevant", *ENGLISH)}
             rows.append(kept | {"scores": scores, "labels": labels})
@@ -200,7 +209,9 @@ def main(args: CrosslingualArguments) -> None:
         print(f"{len(groups):,} groups: {dict(Counter(group.kind for group in groups))}", flush=True)
         worker = partial(Label, args.teacher, args.batch_size, args.known_logit, args.dtype)
         settings = {"teacher": content_hash(args.teacher), "known_logit": args.known_logit, "dtype": args.dtype}
-        run_shards(worker, items, work / "scored", LABELLED, settings, description="teacher's logits")
+        run_shards(
+            worker, items, work / "scored", LABELLED, settings, workers=args.workers, description="teacher's logits"
+        )
         gather([work / "scored"], work / "cache", output, asdict(args))
     shutil.rmtree(work, ignore_errors=True)
 

@@ -313,7 +313,7 @@ def check_merged(
         if out.dtype != out_dtype:
             raise ValueError(f"{merged.name} has {name} in {out.dtype}, the models in {out_dtype}.")
         if not out.isfinite().all():
-            guilty = [m.name for m, tensor in zip(models, tensors, strict=True) if not tensor.isfinite().all()]
+            guilty = [m.name for m, tensor in zip(models, tensors, strict=False) if not tensor.isfinite().all()]
             raise ValueError(f"{name} holds NaN or infinity, in {', '.join(guilty) or 'the merge alone'}.")
         tensors = [tensor.to(out_dtype) for tensor in tensors]
         if all_equal(tensors):

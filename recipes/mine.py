@@ -1,6 +1,6 @@
 """Write queries for documents that have none: documents in, a BEIR folder out, each query's own document judged 1.
 
-    python -m recipes.mine --config recipes/querit-nano/2_mine.yaml
+    python -m recipes.mine --config recipes/querit-nano/2_mine_cjk_ja.yaml
 
 A sample of the documents is asked, by every generator (recipes.lib.generators). Filters leave out what is no search
 query for just that document; `mine.json` counts each: see `why_dropped` in recipes.lib.queries, and here duplicates,

@@ -1,6 +1,6 @@
 """Retrieve candidates for every query, score them with teachers, keep a spread of them as soft labels.
 
-    python -m recipes.score --config recipes/querit-nano/1_general_score.yaml
+    python -m recipes.score --config recipes/querit-nano/3_score_cjk.yaml
 
 The retriever finds the top_k passages of each query, the teachers score them. Per query each teacher's scores are
 mapped to [0, 1] (min-max), several teachers are averaged, and the known relevance is mixed in:

@@ -43,7 +43,7 @@ class ScriptArguments:
     model_name_or_path: str = field(metadata={"help": "A Querit reranker, or a plain backbone to put a head on."})
     train_data: str = field(metadata={"help": "Parquet file of recipes.score: query, documents, labels."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit of a model from the Hub."})
-    pooling: str | None = field(default=None, metadata={"help": "Read-out of a new head: last, cls or mean."})
+    pooling: str | None = field(default=None, metadata={"help": "Read-out of a new head: last or cls."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager is the fastest on CPUs, sdpa elsewhere."})
     loss: str = field(
         default="margin",

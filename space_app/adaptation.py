@@ -63,7 +63,7 @@ def adapt(models: Models, documents: list[str], name: str, minutes: float) -> It
         raise RefusedError("Adapting is turned off on this page; run the command on your own machine.")
     if not 0 < minutes <= limit:
         raise RefusedError(f"At most {limit:g} minutes can be spent here.")
-    source, _, revision = models.sources[models.name(name)].partition("@")
+    source, revision = models.source(models.name(name))
     folder = Path(tempfile.mkdtemp(prefix="querit-adapt-"))
     output, log = folder / "my-reranker", folder / "log.txt"
     process = None

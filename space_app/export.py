@@ -5,6 +5,7 @@ folder carries the packages themselves, and requirements.txt names what those im
 """
 
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +13,18 @@ from space_app.measured import KEPT, as_json, measured
 
 PACKAGES = ("space_app", "querit", "modeling_querit", "hub_card")  # hub_card checks the files of a model to load
 TOP = ("README.md", "requirements.txt", "app.py")  # where a Space looks for them
-IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "querit-reranker-*", *TOP)
+LEFT_OUT = {"hub_card": ("querit-reranker-*",), "space_app": TOP}  # a model's weights; what stands beside the packages
+
+
+def ignored_of(package: str, source: Path) -> Callable[[str, list[str]], set[str]]:
+    """What of a package is not copied: caches anywhere, and at its top the patterns of LEFT_OUT."""
+    everywhere = shutil.ignore_patterns("__pycache__", "*.pyc")
+    at_top = shutil.ignore_patterns(*LEFT_OUT.get(package, ()))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return everywhere(folder, names) | (at_top(folder, names) if Path(folder) == source else set())
+
+    return ignored
 
 
 def export(folder: Path) -> None:
@@ -23,7 +35,7 @@ def export(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     for package in PACKAGES:
         with resources.as_file(resources.files(package)) as source:
-            shutil.copytree(source, aside / package, ignore=IGNORED)
+            shutil.copytree(source, aside / package, ignore=ignored_of(package, source))
     for name in TOP:
         (aside / name).write_bytes((resources.files("space_app") / name).read_bytes())
     if found := measured():

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from querit.decoding import json_lines
-from querit.tables import read_table as read_delimited
 from querit.text import (
+    SUFFIXES,
     TEXT,
-    as_judgement,
     as_text,
     clean,
     document_of,
     is_litter,
     joined,
     of_one_value,
+    read_judgements,
     read_lines,
     read_rows,
     suffix_of,
@@ -33,7 +33,7 @@ from space_app.limits import Limits, RefusedError
 
 SEPARATORS = ("line", "paragraph", "section")
 SECTION = "%%%"  # a line of its own between two documents that may hold blank lines themselves
-DOCUMENT_FILES = (".txt", ".md", ".html", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".gz")
+DOCUMENT_FILES = (*sorted(SUFFIXES - {""}), ".gz")
 JUDGED_FILES = (".zip", ".jsonl")
 MOST_ENTRIES = 200  # of an archive
 BEIR = "pack a BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)."
@@ -101,16 +101,25 @@ class Table:
         return [clean(text) for text in texts if text.strip()]
 
 
+ROW_BYTES = 100  # what a row takes beside its text: without it many short ones would take a hundred times their size
+
+
 def read_table(paths: str | list[str], separator: str, limits: Limits) -> Table:
     """The documents of what was dropped. One text file is split as asked; of several, each text is a document."""
     paths = [paths] if isinstance(paths, str | Path) else paths
     kept = [Path(path) for path in paths if not is_litter(Path(path).name)]
     check_size(kept, limits)
     rows: list[tuple[str, Any]] = []
+    left = limits.unpacked_bytes
     with refused_in_words():
         for path in kept:
+            found = []
             with path.open("rb") as file:
-                found = list(read_rows(file, path.name, whole_text=True, most_bytes=limits.file_bytes))
+                for place, row in read_rows(file, path.name, whole_text=True, most_bytes=limits.file_bytes):
+                    left -= ROW_BYTES + len(str(row))
+                    if left < 0:
+                        raise RefusedError(f"Unpacked there are more than {limits.unpacked_bytes / 1e6:g} MB of rows.")
+                    found.append((place, row))
             if len(kept) == 1 and suffix_of(path.name) in TEXT:
                 found = [(place, text) for place, whole in found for text in split_documents(whole, separator)]
             rows += found
@@ -218,15 +227,11 @@ def judged_of_beir(files: dict[str, bytes]) -> JudgedSet:
         of_one_value(((row["_id"], clean(joined(row))) for row in documents_of(files[name], name)), name)
         for name in ("corpus.jsonl", "queries.jsonl")
     )
-    split = "qrels/test.tsv" if "qrels/test.tsv" in splits else splits[0]
-    qrels: dict[str, dict[str, int]] = {}
-    for place, row in read_delimited(read_lines(io.BytesIO(files[split]), split), split, ".tsv", "query-id"):
-        try:
-            query, document, score = row["query-id"], row["corpus-id"], as_judgement(row["score"], place)
-        except KeyError:
-            raise RefusedError(f"{place}: not query-id, corpus-id and a whole score, as in a BEIR folder.") from None
-        if query in queries and qrels.setdefault(query, {}).setdefault(document, score) != score:
-            raise RefusedError(f"{place}: query {query} and document {document} are judged above too, otherwise.")
+    split = "qrels/test.tsv" if len(splits) > 1 else splits[0]
+    if split not in splits:
+        raise RefusedError(f"The archive has {' and '.join(splits)}: name the one to measure qrels/test.tsv.")
+    judged = read_judgements(read_lines(io.BytesIO(files[split]), split), split)
+    qrels = {query: documents for query, documents in judged.items() if query in queries}
     return with_relevant(queries, corpus, qrels, {})
 
 

@@ -21,7 +21,7 @@ class Limits:
     seconds: float = 30  # of computing, for one ranking
     sentences: int = 60  # of an explanation
     link: int = 16_000
-    unpacked_bytes: int = 20_000_000  # of an archive
+    unpacked_bytes: int = 20_000_000  # of an archive, or of several files together
     judged_documents: int = 5_000
     judged_queries: int = 50  # of larger sets so many are drawn
     candidates: int = 30  # reranked for a judged query

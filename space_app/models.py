@@ -21,17 +21,18 @@ def configured(entries: list[str] | None = None) -> dict[str, str]:
 
     Raises ValueError for an entry of another form, and for a source that is neither a model's folder nor a repo's name.
     """
+    place = "--model" if entries else MODELS
     entries = entries or [entry.strip() for entry in os.environ.get(MODELS, "").split(",") if entry.strip()]
     if not entries:
-        return {"Nano": str(querit.RELEASED) if querit.RELEASED.exists() else querit.HUB_ID}
+        return {"Nano": querit.named(None)}
     sources: dict[str, str] = {}
     for entry in entries:
         name, equals, source = entry.partition("=")
         name, source = (name.strip(), source.strip()) if equals else (entry.rstrip("/").rpartition("/")[2], entry)
         if not name or not source or name in sources:
-            raise ValueError(f"{MODELS}: {entry!r} is no NAME=SOURCE, or its name is taken by another one.")
-        check_source(source)
-        sources[name] = source
+            raise ValueError(f"{place}: {entry!r} is no NAME=SOURCE, or its name is taken by another model.")
+        sources[name] = querit.named(source)
+        check_source(sources[name])
     return sources
 
 

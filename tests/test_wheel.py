@@ -57,9 +57,13 @@ def installed(wheel, tmp_path_factory):
     [packages] = (place / "venv" / "lib").glob("python*/site-packages")
     with zipfile.ZipFile(wheel) as archive:  # a wheel of pure Python is installed by unpacking it (PEP 427)
         archive.extractall(packages)
-    shared = [path for path in sys.path if Path(path).name == "site-packages"]
-    (packages / "shared.pth").write_text("\n".join(shared))
-    # `.pth` files in a folder that is itself named by one are not read: an editable checkout stays out of sight.
+    # All libraries lie beside it, as pip lays them: what walks through that folder meets torch. An editable install of
+    # the checkout is known by its finder and its `.pth` file, which stay out of sight.
+    for folder in (Path(path) for path in sys.path if Path(path).name == "site-packages"):
+        for entry in folder.iterdir():
+            kept = entry.suffix != ".pth" and not entry.name.startswith(("__editable__", "querit_reranker-"))
+            if kept and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
 
@@ -99,6 +103,7 @@ def test_what_is_in_the_wheel(wheel):
         "modeling_querit/chat_template.jinja",
         "space_app/style.css",
         "querit/serve/app.py",
+        "recipes/querit-nano/results/dev/results.json",
     ):
         assert name in names
     assert any(name.startswith("recipes/") and name.endswith(".txt") for name in names)  # prompts
@@ -194,7 +199,9 @@ def test_adapt_comes_to_its_verdict(installed):
 
 def test_space_writes_its_folder(installed):
     succeeds(installed("space", "my-space"))
-    assert (installed.folder / "my-space" / "app.py").is_file()
+    for name in ("app.py", "space_app/views.py", "querit/serve/app.py", "hub_card/templates/querit-reranker-nano.yaml"):
+        assert (installed.folder / "my-space" / name).is_file()
+    assert json.loads((installed.folder / "my-space" / "space_app" / "measured.json").read_text())["sets"] >= 8
 
 
 @pytest.mark.parametrize("verb", ["demo", "serve"])

@@ -153,7 +153,7 @@ class PromptEncoder:
         pairs: list[EncodedPair] = []
         start = end = guess = 0
         while not pairs or end < len(document):
-            tokens, kept = self._fit(lead, document[start:], "", prompt.room, guess=guess)
+            tokens, kept = self._fit(lead, document, "", prompt.room, guess=guess, begin=start)
             if not kept and document:
                 raise ValueError(
                     f"max_length={self.max_length} leaves the document too few tokens for its character "
@@ -186,25 +186,32 @@ class PromptEncoder:
         return _Prompt(prefix, frame, self.max_length - len(prefix) - len(frame.suffix), kept < len(query))
 
     def _fit(
-        self, before: str, text: str, after: str, room: int, tokens: _Tokens | None = None, guess: int = 0
+        self,
+        before: str,
+        text: str,
+        after: str,
+        room: int,
+        tokens: _Tokens | None = None,
+        guess: int = 0,
+        begin: int = 0,
     ) -> tuple[_Tokens, int]:
-        """The tokens of `before + text[:kept] + after`, at most `room` of them, and `kept`, as long as can be.
+        """The tokens of `before + text[begin:][:kept] + after`, at most `room`, and `kept`, as long as can be.
 
-        Little more than fits is tokenised. The text is cut between tokens, and what is left is tokenised anew: the ids
-        are always those of a real string. `tokens` are those of the first slice, where the caller has them; `guess` is
-        the characters of that slice.
+        Little more than fits is tokenised, cut between tokens, and tokenised anew: the ids are those of a real string.
+        `tokens` are those of the first slice, where the caller has them, and `guess` its characters.
         """
-        kept = min(len(text), guess or SLICE_CHARACTERS * room)
-        tokens = tokens or self._tokenize([before + text[:kept] + after])[0]
-        while kept < len(text) and len(tokens.ids) <= room:
-            kept = min(len(text), 2 * kept)
-            tokens = self._tokenize([before + text[:kept] + after])[0]
+        rest = len(text) - begin
+        kept = min(rest, guess or SLICE_CHARACTERS * room)
+        tokens = tokens or self._tokenize([before + text[begin : begin + kept] + after])[0]
+        while kept < rest and len(tokens.ids) <= room:
+            kept = min(rest, 2 * kept)
+            tokens = self._tokenize([before + text[begin : begin + kept] + after])[0]
         while len(tokens.ids) > room and kept:
             last = sum(start < len(before) + kept for start, _ in tokens.offsets) - (len(tokens.ids) - room)
             # The next token begins inside the last one where both are bytes of one character: leave that character out.
             end = min(tokens.offsets[last - 1][1], tokens.offsets[last][0]) if last > 0 else 0
             kept = max(0, min(end - len(before), kept - 1))
-            tokens = self._tokenize([before + text[:kept] + after])[0]
+            tokens = self._tokenize([before + text[begin : begin + kept] + after])[0]
         return tokens, kept
 
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:

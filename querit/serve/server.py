@@ -1,5 +1,6 @@
 """A process that serves until it is told to stop; then it answers what it took."""
 
+import errno
 import logging
 import os
 import socket
@@ -35,23 +36,31 @@ class Server(uvicorn.Server):
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises ValueError for what cannot be listened on. A name may stand for several addresses: one will do."""
+    """Raises ValueError for what cannot be listened on.
+
+    A name may stand for several addresses: each that this machine has must be free, and it must have one.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"{host} is no address ({error.strerror}). Give one of this machine as --host.") from None
+    had = False
     for family, kind, protocol, _, address in found:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
                 probe.bind(address)
-            return
+            had = True
         except OSError as error:
-            why = error.strerror
-    raise ValueError(
-        f"{host} port {port} cannot be listened on ({why}). Give an address of this machine as --host, and a --port "
-        "that is free."
-    )
+            why = error
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                had = False
+                break
+    if not had:
+        raise ValueError(
+            f"{host} port {port} cannot be listened on ({why.strerror}). Give an address of this machine as --host, "
+            "and a --port that is free."
+        )
 
 
 def read_keys(file: Path | None) -> list[str]:

@@ -12,7 +12,6 @@ SPARE = 0.8  # share of the budget that is planned
 TRAINING_COST = 4  # a pair forward and backward, in pairs only scored; measured on Nano
 QUERY_TOKENS = 20  # a query and the tokens that frame a pair
 KEPT = 0.5  # share of written queries that the filters leave, about
-ENCODINGS = 4  # of all documents by a bi-encoder: round trip, teacher, judging before and after
 FEWEST = 40  # training queries under which an adaptation is not tried
 FEWEST_JUDGED = 20  # with fewer, a bootstrap interval is too narrow: models that are no better would pass as better
 REPEATS = 5  # of what is timed: the best one counts, whatever else the machine did meanwhile

@@ -1,15 +1,13 @@
 """Reading BEIR folders: `corpus.jsonl`, `queries.jsonl` (either may be gzipped) and `qrels/<split>.tsv`."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from querit.text import as_judgement, as_text, is_litter, joined, of_one_value, read_json_lines, read_lines
+from querit.text import as_text, is_litter, joined, of_one_value, read_json_lines, read_judgements, read_lines
 
 # What every row must say.
 KEYS = {"corpus": ("_id", "text"), "queries": ("_id", "text"), "top_ranked": ("query-id", "corpus-ids")}
 TEXTS = ("_id", "title", "text", "query-id")  # of these, numbers become their text
-JUDGED = ("query-id", "corpus-id", "score")
 
 
 def read_jsonl(folder: str | Path, name: str) -> Iterator[dict]:
@@ -47,22 +45,8 @@ def read_qrels(folder: str | Path, split: str | None = None) -> dict[str, dict[s
     files = [file for file in qrels_files(folder) if split in (None, file.stem)]
     if len(files) != 1:
         raise FileNotFoundError(f"{folder}/qrels has {[f.name for f in files]}; name the split to read.")
-    qrels: dict[str, dict[str, int]] = {}
     with files[0].open("rb") as file:
-        rows = csv.DictReader(read_lines(file, str(files[0])), delimiter="\t", quoting=csv.QUOTE_NONE)
-        if missing := [name for name in JUDGED if name not in (rows.fieldnames or ())]:
-            raise ValueError(
-                f"{files[0]}: its first line must name the columns {', '.join(JUDGED)}, with tabs between; "
-                f"{', '.join(missing)} is not there."
-            )
-        for row in rows:
-            score = as_judgement(row["score"], f"{files[0]}:{rows.line_num}")
-            if qrels.setdefault(row["query-id"], {}).setdefault(row["corpus-id"], score) != score:
-                raise ValueError(
-                    f"{files[0]}:{rows.line_num}: query {row['query-id']} and document {row['corpus-id']} are judged "
-                    "above too, otherwise. Keep one of the two lines."
-                )
-    return qrels
+        return read_judgements(read_lines(file, str(files[0])), str(files[0]))
 
 
 def read_top_ranked(folder: str | Path) -> dict[str, list[str]] | None:
@@ -76,9 +60,3 @@ def read_top_ranked(folder: str | Path) -> dict[str, list[str]] | None:
             raise ValueError(f"{place}, query {row['query-id']}: corpus-ids must be a list of ids.")
         ranked.append((row["query-id"], [as_text(key, place, "corpus-ids") for key in row["corpus-ids"]]))
     return of_one_value(ranked, place)
-
-
-def read_texts(folder: str | Path) -> Iterator[str]:
-    """Every query and document of a folder, as running text."""
-    yield from read_queries(folder).values()
-    yield from read_corpus(folder).values()

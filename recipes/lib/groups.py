@@ -142,15 +142,20 @@ def read_judged(folder: str, title: bool = True) -> Judged:
 
 
 def sources(builder: Builder, judged: Judged, most: int) -> Iterator[tuple[str, list[int], list[str]]]:
-    """(query, rows of a positive and its negatives, all passages) of at most `most` judged queries."""
+    """(query, rows of a positive and its negatives, all passages) of at most `most` judged queries.
+
+    One of the negatives comes from farther away: among the nearest alone, words in common would tell nothing.
+    """
     ids = list(judged.passages)
     rows = {key: row for row, key in enumerate(ids)}
     pool = Pool(builder, list(judged.passages.values()))
     queries = sorted(judged.relevant)
     for query in builder.rng.sample(queries, min(most, len(queries))):
         positives = [rows[key] for key in sorted(judged.relevant[query])]
-        negatives = builder.negatives(pool.nearest(judged.queries[query], 12, positives), 12)
+        found = pool.nearest(judged.queries[query], 60, positives)
+        negatives = builder.negatives(found, 12)
         if negatives is not None:
+            negatives[-1] = builder.rng.choice(found[12:] or negatives[-1:])
             yield judged.queries[query], [builder.rng.choice(positives), *negatives], pool.passages
 
 

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,17 @@ class BeirFolder(AbsTaskRetrieval):
         queries = {query: text for query, text in sorted(read_queries(self.folder).items()) if query in self.qrels}
         if not queries:
             raise ValueError(f"{self.folder}: no query of queries.jsonl has a relevant document in qrels.")
-        relevant = (doc for query in queries for doc, score in self.qrels[query].items() if score > 0)
-        if not any(document in corpus for document in relevant):
+        relevant = {query: {doc for doc, score in self.qrels[query].items() if score > 0} for query in queries}
+        lost = sum(documents.isdisjoint(corpus) for documents in relevant.values())
+        if lost == len(queries):
             raise ValueError(
                 f"{self.folder}: no document that qrels calls relevant is in corpus.jsonl. Are its ids written alike?"
+            )
+        if lost:
+            print(
+                f"{self.folder}: of {lost} of {len(queries)} queries no relevant document is in corpus.jsonl; they "
+                "count as 0.",
+                file=sys.stderr,
             )
         for query in queries if listed is not None else ():
             candidates = (listed or {}).get(query)

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = {"hub_card", "modeling_querit", "querit", "recipes", "space_app"}
 # Files that a module reads by itself, without being told by a config.
 CODE_DATA = {
     "recipes/backbone.py": "modeling_querit/chat_template.jinja",
     "recipes/lib/generators.py": "recipes/lib/prompts/*.txt",
 }
 # Code that says how fast scores are found, or for whom, and never which: its change makes no output stale.
-FOR_SPEED = ("querit/fast/", "querit/devices.py", "querit/cli.py", "modeling_querit/scoring_querit.py")
+FOR_SPEED = ("querit/devices.py", "querit/cli.py", "modeling_querit/scoring_querit.py")
 # Settings that say where an output goes and how the work on it is done: whatever they are, the output is the same.
 OF_NO_ACCOUNT = {
     "output", "output_dir", "engine", "workers",
@@ -36,12 +37,21 @@ OF_NO_ACCOUNT = {
 ROWS = 1024  # written at once
 
 
+class ProjectFinder(ModuleFinder):
+    """Follows imports of the project alone: once installed it shares its folder with all other libraries."""
+
+    def find_module(self, name, path, parent=None):
+        if path is None and name not in PACKAGES:  # where path is given, it is that of a package of ours
+            raise ImportError(name)
+        return super().find_module(name, path, parent)
+
+
 def code_hashes(script: Path) -> dict[str, str]:
     """Project file -> hash, for a script, the project modules that it imports and the prompts that they read.
 
     Modules are hashed as parsed: comments and layout do not count.
     """
-    finder = ModuleFinder(path=[str(ROOT)])  # what lies elsewhere, as installed libraries, is not followed
+    finder = ProjectFinder(path=[str(ROOT)])
     finder.run_script(str(script))
     hashes = {}
     files = {getattr(module, "__file__", None) for module in finder.modules.values()}

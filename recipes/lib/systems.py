@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mteb
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hub_card.convert import check_weight_files
 from modeling_querit.pipeline_querit import fuse
 from modeling_querit.scoring_querit import fastest_cpu_dtype, score_pairs
 from querit import bm25
@@ -67,7 +69,7 @@ def find_weights(path: str, revision: str | None = None) -> Weights:
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):
         try:
             revision = HfApi().model_info(path, revision=revision).sha
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, httpx.TransportError, OSError) as error:
             raise ValueError(
                 f"{path} is no folder here, and the Hub does not tell the commit of a repo of that name ({error}). "
                 "Mind the path; offline, pin the commit."
@@ -79,6 +81,7 @@ def check_reranker(weights: Weights) -> None:
     """Tells a folder that is no Querit reranker before hours of first stage, not after."""
     if weights.revision is not None:
         return
+    check_weight_files(Path(weights.path))
     keys: set[str] = set()
     for file in Path(weights.path).glob("*.safetensors"):
         with safe_open(file, "pt") as opened:

@@ -108,6 +108,23 @@ def test_an_export_is_served_with_the_models_probabilities(tmp_path):
         )
 
 
+def test_a_mixture_of_experts_is_served_with_the_models_probabilities(tmp_path):
+    # Heads as DeepSeek-V3 has them, and widths that vLLM has experts for.
+    sizes = {
+        "hidden_size": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "qk_head_dim": 192, "head_dim": 64,
+        "v_head_dim": 128, "kv_lora_rank": 512,
+    }  # fmt: skip
+    source = save_folder(tmp_path / "source", "deepseek_v3", tiny_model("deepseek_v3", **sizes))
+    folder = export(source, tmp_path / "exported", "vllm")
+    readme = folder / "README.md"
+    options = re.findall(
+        r"`(--compilation-config [^`]*|--attention-backend CPU_MLA)`", readme.read_text(encoding="utf-8")
+    )
+    assert len(options) == 2
+    with serving_vllm(" ".join([command_of(readme), *options]), folder, tmp_path / "log") as address:
+        check(address, source)
+
+
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "log"

@@ -326,6 +326,21 @@ def test_the_room_for_a_document_counts_the_words_before_it():
         assert pair.num_tokens <= max_length and len(pair.document) >= lead
 
 
+def test_windows_of_a_long_document_copy_little_more_than_the_document():
+    class Counting(str):
+        copied = 0
+
+        def __getitem__(self, key):
+            found = super().__getitem__(key)
+            Counting.copied += len(found)
+            return found
+
+    document = Counting("wind and rain " * 5_000)
+    windows = encoder("qwen3", 64).encode_passages("rain", document)
+    assert len(windows) > 300 and windows[-1].span[1] == len(document)
+    assert Counting.copied < 12 * len(document)  # the rest of it for each window would be hundreds of times
+
+
 def test_windows_of_single_characters_leave_none_out():
     document = "𠜎x" * 5
     least = encoder("qwen3").encode("rain", [""])[0].num_tokens

@@ -269,6 +269,9 @@ def test_the_pace_is_that_of_each_model(documents, model, tmp_path, kind):
     pace = measure_pace(args, roles_of(args), generator_entry("crop"), sample)
     assert pace.model > 0 and pace.generator == 0
     assert (pace.encoder > 0) == (kind == "bi-encoder") and pace.teacher == (pace.model if kind == "querit" else 0)
+    if teacher:  # it encodes all documents beside another first stage, too
+        args.first_stage = "bm25"
+        assert measure_pace(args, roles_of(args), generator_entry("crop"), sample).encoder > 0
 
 
 def test_a_generator_is_timed_on_some_documents(documents, model, monkeypatch, tmp_path):

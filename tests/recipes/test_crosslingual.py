@@ -10,7 +10,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from recipes.crosslingual import CrosslingualArguments, main
-from recipes.lib.groups import Builder, aligned_groups, question_groups, read_judged, switch
+from recipes.lib.groups import Builder, Pool, aligned_groups, question_groups, read_judged, sources, switch
 from recipes.lib.parallel import read_aligned, read_parallel
 from recipes.train import tokenize_groups
 from tests.recipes.folders_for_tests import write_beir
@@ -156,6 +156,29 @@ def test_texts_are_cut_to_length(folder):
         assert len(tokenizer.tokenize(row["query"])) <= 3
         lengths |= {len(tokenizer.tokenize(text)) for text in row["documents"]}
     assert {6, 9} <= lengths and max(lengths) <= 9
+
+
+def test_some_groups_hold_an_empty_passage_and_its_label_is_the_lowest(folder, rows):
+    main(arguments(folder, "empty.parquet", empty_share=0.5, workers=2))
+    found = load_dataset("parquet", data_files=str(folder / "empty.parquet"), split="train")
+    emptied = [row for row in found if "" in row["documents"]]
+    assert 0.25 < len(emptied) / len(found) < 0.75 and {row["target"] for row in emptied} > {"monolingual", "switched"}
+    for row in emptied:
+        place = row["documents"].index("")
+        assert row["documents"].count("") == 1 and not row["relevant"][place]
+        assert row["scores"][place] == -11 == min(row["scores"])
+        assert row["english_documents"] == [] or row["english_documents"][place] == ""
+    assert all("" not in row["documents"] for row in rows)
+
+
+def test_one_negative_comes_from_farther_away(folder):
+    judged = read_judged(str(folder / "en"))
+    builder = Builder(AutoTokenizer.from_pretrained(folder / "base"), {"de": WORDS}, 4, random.Random(0))
+    pool, places = Pool(builder, list(judged.passages.values())), []
+    for query, (positive, *negatives), _ in sources(builder, judged, 24):
+        nearest = pool.nearest(query, 60, [positive])
+        places.append([nearest.index(row) for row in negatives])
+    assert all(max(near) < 12 <= far for *near, far in places) and len(places) == 24
 
 
 def test_whole_known_words_are_switched_and_nothing_else(folder):

@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from recipes.lib.data import read_corpus, read_qrels, read_queries, read_texts, read_top_ranked
+from recipes.lib.data import read_corpus, read_qrels, read_queries, read_top_ranked
 from tests.recipes.folders_for_tests import small_set
 
 
@@ -13,7 +13,6 @@ def test_a_beir_folder_is_read_plain_or_gzipped(tmp_path, packed):
     assert read_queries(folder)["q1"] == "how do I look after a tide"
     assert read_qrels(folder)["q1"] == {"d1": 1}
     assert read_top_ranked(folder) is None
-    assert len(list(read_texts(folder))) == len(read_corpus(folder)) + len(read_queries(folder))
 
 
 def test_titles_stand_before_the_text(tmp_path):

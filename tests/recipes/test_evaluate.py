@@ -3,10 +3,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import mteb
 import numpy as np
 import pytest
@@ -20,7 +22,16 @@ import recipes.evaluate
 from recipes.evaluate import FUSED, EvaluateArguments, evaluate, measure, values_per_query
 from recipes.lib.judged_sets import BeirFolder, has_candidates, judged_sets, load
 from recipes.lib.results import mean_and_interval, table
-from recipes.lib.systems import BM25, QueritCrossEncoder, StrictOrder, find_weights, fuse_runs, strict, whole_queries
+from recipes.lib.systems import (
+    BM25,
+    QueritCrossEncoder,
+    StrictOrder,
+    check_reranker,
+    find_weights,
+    fuse_runs,
+    strict,
+    whole_queries,
+)
 from tests.models_for_tests import folder_of, save_folder, tiny_model, tokenizer_of
 from tests.recipes.folders_for_tests import SUBJECTS, small_set, tiny_backbone, tiny_retriever, write_beir
 
@@ -90,14 +101,35 @@ def test_every_system_is_measured_on_the_same_sampled_queries(results):
     assert found["mean"]["retriever"]["gain"] == 0
 
 
-def test_judgements_of_no_document_of_the_corpus_are_refused(tmp_path):
+def test_judgements_of_no_document_of_the_corpus_are_counted_and_those_of_none_refused(tmp_path, capsys):
     folder = small_set(tmp_path / "set")
     path = folder / "qrels" / "test.tsv"
+    BeirFolder(folder).load_data()
+    assert capsys.readouterr().err == ""
+    path.write_text(path.read_text().replace("\td1\t", "\tD1\t").replace("\td2\t", "\tD2\t"))
+    BeirFolder(folder).load_data()
+    assert re.search(
+        r"of 2 of \d+ queries no relevant document is in corpus\.jsonl; they count as 0", capsys.readouterr().err
+    )
     path.write_text(path.read_text().replace("\td", "\tD"))
     with pytest.raises(ValueError, match=r"set: no document that qrels calls relevant is in corpus\.jsonl"):
         BeirFolder(folder).load_data()
     with pytest.raises(NotADirectoryError, match=r"corpus\.jsonl is a file. Give a BEIR folder"):
         BeirFolder(folder / "corpus.jsonl")
+
+
+def test_weights_that_are_a_pointer_and_a_hub_out_of_reach_are_told(tmp_path, monkeypatch):
+    folder = shutil.copytree(folder_of("bert"), tmp_path / "model")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="Git LFS"):
+        check_reranker(find_weights(str(folder)))
+
+    def unreachable(*args, **options):
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr("recipes.lib.systems.HfApi.model_info", unreachable)
+    with pytest.raises(ValueError, match=r"me/model is no folder here, .*no network"):
+        find_weights("me/model")
 
 
 def first_stage_of(args, name):

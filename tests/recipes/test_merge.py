@@ -425,6 +425,21 @@ def test_a_merge_that_lost_or_left_something_is_refused(damage, message, whole_m
         check_merged(open_checkpoint("the merge", out), models, [0.5, 0.5])
 
 
+def test_a_tensor_of_the_first_model_alone_that_is_not_finite_is_named(whole_merge, tmp_path):
+    name = "model.norm.weight"
+
+    def spoil(tensors):
+        tensors[name][3] = torch.nan
+
+    paths = [
+        rewrite(copied(model, tmp_path / f"m{n}"), spoil) for n, model in enumerate(checkpoints("deepseek_v3")[::2])
+    ]
+    out = rewrite(copied(whole_merge, tmp_path / "out"), spoil)
+    models = [open_checkpoint(f"model {n}", path) for n, path in enumerate(paths)]
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity, in model 0\."):
+        check_merged(open_checkpoint("the merge", out), models, [0.5, 0.5], [name])
+
+
 def other_tokenizer(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rules = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -148,15 +148,15 @@ def test_what_is_of_no_account_runs_nothing_again(recipe):
 
 def test_code_that_only_makes_scoring_faster_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    (tmp_path / "querit" / "fast").mkdir(parents=True)
+    (tmp_path / "querit").mkdir()
     (tmp_path / "querit" / "__init__.py").write_text("")
-    (tmp_path / "querit" / "fast" / "__init__.py").write_text("import querit.loading\n")
+    (tmp_path / "querit" / "devices.py").write_text("import querit.loading\n")
     (tmp_path / "querit" / "loading.py").write_text("x = 1\n")
     script = tmp_path / "train.py"
-    script.write_text("import querit.fast\n")
+    script.write_text("import querit.devices\n")
     before = code_hashes(script)
     assert before.keys() == {"train.py", "querit/__init__.py", "querit/loading.py"}
-    (tmp_path / "querit" / "fast" / "__init__.py").write_text("import querit.loading\ny = 2\n")
+    (tmp_path / "querit" / "devices.py").write_text("import querit.loading\ny = 2\n")
     assert code_hashes(script) == before
 
 
@@ -168,6 +168,8 @@ def test_code_counts_as_parsed_and_as_far_as_it_is_imported(tmp_path, monkeypatc
     for name, text in files.items():
         (tmp_path / "recipes" / f"{name}.py").write_text(text)
     (tmp_path / "recipes" / "lib" / "prompts" / "fr.txt").write_text("Écris")
+    (tmp_path / "torch").mkdir()  # once installed all libraries lie beside: none is followed
+    (tmp_path / "torch" / "__init__.py").write_text("not Python")
     one, generators = (tmp_path / "recipes" / f"{name}.py" for name in ("one", "lib/generators"))
     before = {"config": {}, "inputs": {}, "code": code_hashes(one)}
     assert before["code"].keys() == {"recipes/__init__.py", "recipes/one.py", "recipes/two.py"}

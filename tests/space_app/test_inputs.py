@@ -118,6 +118,19 @@ def pack(path, files, **options):
     return path
 
 
+def test_what_is_unpacked_of_several_files_together_has_a_limit(tmp_path):
+    paths = [tmp_path / f"{number}.txt.gz" for number in range(3)]
+    for path in paths:
+        path.write_bytes(gzip.compress(b"tide " * 1000))
+    limits = dataclasses.replace(LIMITS, unpacked_bytes=12_000)
+    assert len(read_table([str(path) for path in paths[:2]], "line", limits).rows) == 2
+    with pytest.raises(RefusedError, match=r"more than 0\.012 MB of rows"):
+        read_table([str(path) for path in paths], "line", limits)
+    short = write(tmp_path, "short.csv", "text\n" + "a\n" * 200)  # each row of one letter takes far more than that
+    with pytest.raises(RefusedError, match=r"more than 0\.012 MB of rows"):
+        read_table([str(short)], "line", limits)
+
+
 @pytest.mark.parametrize("folder", ["", "set/", "a/b/set/", "set\\"])
 def test_a_packed_beir_folder_is_read_without_queries_that_nothing_answers(tmp_path, folder):
     files = beir(folder=folder) | {"__MACOSX/set/._corpus.jsonl": "\x00\x05", "__MACOSX/set/corpus.jsonl": "junk"}
@@ -146,7 +159,9 @@ def test_rows_of_judged_texts_are_read(tmp_path):
         (beir(corpus='{"text": "a"}'), "corpus.jsonl:1: no _id"),
         (beir(corpus="[]"), "corpus.jsonl:1: a list"),
         (beir(queries='{"_id": "q1", "text": ["a"]}'), "queries.jsonl:1: 'text' is a list"),
-        (beir(qrels="query-id\tdocument\tscore\nq1\td1\t1\n"), "qrels/test.tsv:2: not query-id"),
+        (beir(qrels="query-id\tdocument\tscore\nq1\td1\t1\n"), "its first line must name the columns .* corpus-id is"),
+        ({k.replace("test.tsv", f"{split}.tsv"): v for split in ("dev", "train") for k, v in beir().items()},
+         "qrels/dev.tsv and qrels/train.tsv: name the one"),
         (beir(qrels=f"{JUDGED}q1\td1\tmany\n"), "qrels/test.tsv:2: the score is 'many'"),
         (beir(qrels=f"{JUDGED}q1\td1\t{2**40}\n"), "a whole number, 1000 at most"),  # ends trec_eval
         (beir(qrels=f"{JUDGED}q1\td1\t1\nq1\td1\t0\n"), "qrels/test.tsv:3: query q1 and document d1"),

@@ -14,14 +14,18 @@ def test_models_come_from_the_command_then_the_environment_then_the_release(monk
     assert configured(["a=b/c"]) == {"a": "b/c"}
     monkeypatch.delenv(MODELS)
     assert configured() == {"Nano": str(querit.RELEASED)}
-    monkeypatch.setattr(querit, "RELEASED", querit.RELEASED / "gone")
+    assert configured(["querit-reranker-nano"]) == {"querit-reranker-nano": str(querit.RELEASED)}  # as for every verb
+    monkeypatch.setattr("querit.loading.RELEASED", querit.RELEASED / "gone")
     assert configured() == {"Nano": querit.HUB_ID}
 
 
 @pytest.mark.parametrize("entries", [["a=b/b", "a=b/c"], ["=b"], ["a="], ["x/a", "y/a"]])
-def test_what_names_nothing_or_twice_is_an_error(entries):
-    with pytest.raises(ValueError, match=MODELS):
+def test_what_names_nothing_or_twice_is_an_error(entries, monkeypatch):
+    with pytest.raises(ValueError, match=r"^--model: .* is no NAME=SOURCE"):
         configured(entries)
+    monkeypatch.setenv(MODELS, ",".join(entries))
+    with pytest.raises(ValueError, match=f"^{MODELS}: "):
+        configured()
 
 
 @pytest.mark.parametrize("source", ["/nonexistent", "nonexistent", "a/b/c", "../up", "Mine=/nonexistent"])

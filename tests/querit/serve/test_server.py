@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from querit.serve.server import read_keys
+from querit.cli import app
+from querit.serve.server import check_address, read_keys
 from tests.models_for_tests import folder_of
 from tests.querit.serve.serving_for_tests import DOCUMENTS, QUERY
 
@@ -81,9 +84,38 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         (["--api-keys", "/nowhere/keys"], "/nowhere/keys"),
         (["--host", "no such host"], "no such host is no address"),
         (["--host", "192.0.2.1"], "192.0.2.1 port 8000 cannot be listened on"),  # an address of documentation's
+        (["--timeout", "inf"], "86400"),
     ],
 )
 def test_a_start_that_fails_says_why_in_a_sentence(options, words):
     command = [sys.executable, "-m", "querit", "serve", *options]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1 and words in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode in (1, 2) and words in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_warm_up_that_fails_is_told_in_a_sentence(monkeypatch):
+    def no_memory(*args):
+        raise MemoryError("too little memory for one pair")
+
+    monkeypatch.setattr("querit.serve.server.serve", no_memory)
+    ended = CliRunner().invoke(app, ["serve", str(folder_of("bert")), "--port", "0"])
+    assert ended.exit_code == 1 and "too little memory for one pair" in ended.output and "Traceback" not in ended.output
+
+
+def test_each_address_of_a_name_that_is_of_this_machine_must_be_free(monkeypatch):
+    """As asyncio listens: on all that a name stands for."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        def check(*hosts):
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)) for host in hosts]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+            check_address("some-name", port)
+
+        check("127.0.0.2")
+        check("192.0.2.1", "127.0.0.2")  # the first is another machine's
+        for hosts in (("127.0.0.1",), ("127.0.0.2", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("192.0.2.1",)):
+            with pytest.raises(ValueError, match=f"some-name port {port} cannot be listened on"):
+                check(*hosts)
