@@ -113,7 +113,7 @@ def test_cross_encoder_truncates_as_the_pipeline(name):
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "pooling"), [((2, 4), (2,), "max"), ((1, 4), (1,), "mean"), ((2, 4), (4,), "mean")]
+    ("weight", "bias", "pooling"), [((2, 4), (2,), "max"), ((1, 4), (1,), "last"), ((2, 4), (4,), "last")]
 )
 def test_modules_of_another_head_or_read_out_are_refused(weight, bias, pooling, tmp_path):
     with pytest.raises(ValueError, match=r"pooling|head"):

@@ -136,7 +136,7 @@ SPOILED: dict[str, Spoiled] = {
     "truncated": ("qwen3", truncate, True, "truncated or no safetensors file"),
     "no config": ("qwen3", lambda folder: (folder / "config.json").unlink(), True, "config.json is missing"),
     "config": ("qwen3", write("config.json", "{"), True, "config.json"),
-    "read-out": ("qwen3", lambda f: edit_json(f / "config.json", classifier_pooling="mean"), True, "1_Pooling/config"),
+    "read-out": ("qwen3", lambda f: edit_json(f / "config.json", classifier_pooling="cls"), True, "1_Pooling/config"),
     "second head": ("bert", write("modules.json", "[]"), True, "modules.json is a second head beside the classifier"),
     "labels": (
         "qwen3", lambda f: edit_json(f / "config.json", id2label={"0": "LABEL_0"}), True, "would rank by random weights"
