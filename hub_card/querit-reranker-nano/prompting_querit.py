@@ -186,14 +186,7 @@ class PromptEncoder:
         return _Prompt(prefix, frame, self.max_length - len(prefix) - len(frame.suffix), kept < len(query))
 
     def _fit(
-        self,
-        before: str,
-        text: str,
-        after: str,
-        room: int,
-        tokens: _Tokens | None = None,
-        guess: int = 0,
-        begin: int = 0,
+        self, before: str, text: str, after: str, room: int, tokens: Any = None, guess: int = 0, begin: int = 0
     ) -> tuple[_Tokens, int]:
         """The tokens of `before + text[begin:][:kept] + after`, at most `room`, and `kept`, as long as can be.
 
