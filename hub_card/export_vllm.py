@@ -42,10 +42,6 @@ KEEPS = {
 # What vLLM reads of an architecture's router and transformers does not write, since its class has no other: without it
 # vLLM finds no place for the router's bias, and would choose experts by softmax.
 ROUTERS = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
-# What was seen of an architecture, in README.md; tests/integrations/test_vllm.py runs each.
-EQUAL = """Small models of this architecture, exported alike, were run with vLLM 0.32 on a CPU in float32: `/score` and
-`/rerank` are equal to the pipeline to 1e-5 on 214 pairs. This export was not run."""
-RUN = {"qwen3": EQUAL, "deepseek_v3": EQUAL}
 # vLLM 0.32's own rotary kernel for CPUs turns the first head alone where the heads of a query are an axis of their own,
 # as here and not in qwen3: probabilities of small models were off by up to 0.2.
 ON_CPU = {
@@ -55,7 +51,7 @@ positions there turns only the first head, and the scores would be wrong. In flo
 `--attention-backend CPU_MLA`, too.
 """,
 }
-NOT_RUN = "vLLM was not run for this architecture: compare the probes first."
+# What README.md says of runs is true of each of MODEL_TYPES: tests/integrations/test_vllm.py runs them.
 README = """# {name} for vLLM
 
 `{architecture}` with one label, exported from `{name}` by `querit export --to vllm`.
@@ -84,7 +80,8 @@ refuses, because it would have to drop the text. Pairs are not concerned.
 
 **Never set `truncate_prompt_tokens`**: it cuts off the prompt's end, where the score is read.
 
-{run}
+Small models of this architecture, exported alike, were run with vLLM 0.32 on a CPU in float32: `/score` and `/rerank`
+are equal to the pipeline to 1e-5 on 214 pairs. This export was not run.
 {on_cpu}
 The bias of the head, {bias:+.6g}, is `score.bias` in the weights, which vLLM adds. transformers' class has no bias,
 leaves `score.bias` out with a warning, and its logits keep the order but are too {direction} by it; add `score_bias` of
@@ -159,7 +156,6 @@ def write_vllm(source: Path, config: dict, folder: Path) -> None:
         name=source.resolve().name,
         architecture=architecture.__name__,
         template=TEMPLATE,
-        run=RUN.get(config["model_type"], NOT_RUN),
         bias=bias.item(),
         direction="low" if bias.item() > 0 else "high",
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",

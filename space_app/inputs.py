@@ -101,7 +101,7 @@ class Table:
         return [clean(text) for text in texts if text.strip()]
 
 
-ROW_BYTES = 100  # what a row takes beside its text: without it many short ones would take a hundred times their size
+ROW_BYTES = 100  # a row counts so much more than its text: many short ones take a hundred times their size
 
 
 def read_table(paths: str | list[str], separator: str, limits: Limits) -> Table:
@@ -118,7 +118,7 @@ def read_table(paths: str | list[str], separator: str, limits: Limits) -> Table:
                 for place, row in read_rows(file, path.name, whole_text=True, most_bytes=limits.file_bytes):
                     left -= ROW_BYTES + len(str(row))
                     if left < 0:
-                        raise RefusedError(f"Unpacked there are more than {limits.unpacked_bytes / 1e6:g} MB of rows.")
+                        raise RefusedError(f"At most {limits.unpacked_bytes / 1e6:g} MB of rows are read, unpacked.")
                     found.append((place, row))
             if len(kept) == 1 and suffix_of(path.name) in TEXT:
                 found = [(place, text) for place, whole in found for text in split_documents(whole, separator)]

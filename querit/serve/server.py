@@ -44,22 +44,19 @@ def check_address(host: str, port: int) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"{host} is no address ({error.strerror}). Give one of this machine as --host.") from None
-    had = False
+    failures = []
     for family, kind, protocol, _, address in found:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
                 probe.bind(address)
-            had = True
         except OSError as error:
-            why = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                had = False
-                break
-    if not had:
+            failures.append(error)
+    elsewhere = [error for error in failures if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)]
+    if failures != elsewhere or len(elsewhere) == len(found):
         raise ValueError(
-            f"{host} port {port} cannot be listened on ({why.strerror}). Give an address of this machine as --host, "
-            "and a --port that is free."
+            f"{host} port {port} cannot be listened on ({failures[-1].strerror}). Give an address of this machine as "
+            "--host, and a --port that is free."
         )
 
 

@@ -124,10 +124,10 @@ def test_what_is_unpacked_of_several_files_together_has_a_limit(tmp_path):
         path.write_bytes(gzip.compress(b"tide " * 1000))
     limits = dataclasses.replace(LIMITS, unpacked_bytes=12_000)
     assert len(read_table([str(path) for path in paths[:2]], "line", limits).rows) == 2
-    with pytest.raises(RefusedError, match=r"more than 0\.012 MB of rows"):
+    with pytest.raises(RefusedError, match=r"At most 0\.012 MB of rows"):
         read_table([str(path) for path in paths], "line", limits)
     short = write(tmp_path, "short.csv", "text\n" + "a\n" * 200)  # each row of one letter takes far more than that
-    with pytest.raises(RefusedError, match=r"more than 0\.012 MB of rows"):
+    with pytest.raises(RefusedError, match=r"At most 0\.012 MB of rows"):
         read_table([str(short)], "line", limits)
 
 
